@@ -1,0 +1,51 @@
+# PSGL SDK. On a fresh machine each target sets itself up in .venv; nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+DATA ?=
+OUT ?= runs/demo
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: help demo test check format bench clean
+
+help:
+	@echo "make demo    train on MNIST over MQTT: broker, server, three devices   [DATA=x.npz OUT=dir ARGS=...]"
+	@echo "make test    run every test"
+	@echo "make check   format, lint, types, import rules"
+	@echo "make bench   measure speed side by side with plain torch"
+	@echo "PIP_ARGS=... is passed to pip (an index of CPU-only torch builds, for example)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make a virtual environment: install Python's venv module (Debian: python3-venv)"; exit 2; }
+
+# Each stamp names the extra that is installed, editable, with the exact versions of constraints.txt.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing psgl[$*] into $(VENV) (the first time takes some minutes)"
+	@$(PIP) -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/installed-demo
+	@$(BIN)/python -m examples.quickstart $(if $(DATA),--data '$(DATA)') --out '$(OUT)' $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_exports.py
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.step --json
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

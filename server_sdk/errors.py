@@ -1,0 +1,25 @@
+"""The error tree of the server's side; its root is the SDK's own ``PsglError``.
+
+PsglError
+└── ServerError
+    ├── ModelError           a network that cannot be built, split or loaded
+    └── BrokerError          the embedded broker does not start
+"""
+
+from __future__ import annotations
+
+from edge_sdk.errors import PsglError
+
+__all__ = ["BrokerError", "ModelError", "ServerError"]
+
+
+class ServerError(PsglError):
+    """Base of the server's errors."""
+
+
+class ModelError(ServerError):
+    """A network that cannot be built, split or loaded."""
+
+
+class BrokerError(ServerError):
+    """The embedded broker does not start."""
