@@ -3,6 +3,7 @@
 PsglError
 └── ServerError
     ├── ModelError           a network that cannot be built, split or loaded
+    ├── TrainingError        an update that must not be made (a loss or gradient that is not finite)
     └── BrokerError          the embedded broker does not start
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from edge_sdk.errors import PsglError
 
-__all__ = ["BrokerError", "ModelError", "ServerError"]
+__all__ = ["BrokerError", "ModelError", "ServerError", "TrainingError"]
 
 
 class ServerError(PsglError):
@@ -19,6 +20,10 @@ class ServerError(PsglError):
 
 class ModelError(ServerError):
     """A network that cannot be built, split or loaded."""
+
+
+class TrainingError(ServerError):
+    """An update that must not be made; weights, statistics and the round counter stand as before it."""
 
 
 class BrokerError(ServerError):

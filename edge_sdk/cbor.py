@@ -1,0 +1,135 @@
+"""The part of CBOR (RFC 8949) that the protocol speaks, read strictly.
+
+Before cbor2 builds a single object, the bytes are walked once: definite lengths that fit the input, text
+keys, a bounded number of items, bounded depth and text, the tags of the caller alone, nothing behind the end.
+What is left to cbor2 cannot grow: it holds at most one object per counted item.
+"""
+
+from __future__ import annotations
+
+import cbor2
+
+from edge_sdk.errors import WireError
+from edge_sdk.limits import Limits
+
+__all__ = ["check", "dumps", "loads"]
+
+_NO_TAGS: frozenset[int] = frozenset()
+_BYTES, _TEXT, _ARRAY, _MAP, _TAG, _OTHER = 2, 3, 4, 5, 6, 7
+_SIMPLE = (20, 21, 22)  # false, true, null
+_FLOATS = (25, 26, 27)  # half, single, double
+
+
+def dumps(value: object) -> bytes:
+    """Encode plain data, ``bytes`` and ``cbor2.CBORTag`` canonically: equal values, equal bytes.
+
+    Raises:
+        WireError: reason ``cbor``: a value that has no encoding.
+    """
+    try:
+        return cbor2.dumps(value, canonical=True)
+    except (cbor2.CBORError, UnicodeError) as exc:
+        raise WireError("cbor", f"cannot be encoded: {_line(exc)}") from exc
+
+
+def loads(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> object:
+    """Decode one item that fills ``data`` to its end.
+
+    Args:
+        data: the encoded item.
+        limits: ``max_items``, ``max_depth`` and ``max_text_bytes`` are applied.
+        tags: tag numbers that may occur; they are returned as ``cbor2.CBORTag``.
+
+    Raises:
+        WireError: reasons ``truncated``, ``trailing``, ``tag``, ``limit``, ``cbor``.
+    """
+    check(data, limits, tags)
+    try:
+        return cbor2.loads(
+            data,
+            max_depth=limits.max_depth + 1,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+        )
+    except (cbor2.CBORError, UnicodeError) as exc:
+        raise WireError("cbor", f"not valid CBOR: {_line(exc)}") from exc
+
+
+def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
+    """Walk ``data`` without building anything; duplicate keys and invalid UTF-8 are left to ``loads``.
+
+    Raises:
+        WireError: as ``loads``.
+    """
+    end = len(data)
+    position = 0
+    budget = limits.max_items
+    remaining, in_map = 1, False  # items that the innermost open container still lacks
+    outer: list[tuple[int, bool]] = []
+    while True:
+        if not remaining:
+            if not outer:
+                break
+            remaining, in_map = outer.pop()
+            continue
+        is_key = in_map and remaining % 2 == 0
+        remaining -= 1
+        if budget <= 0:
+            raise WireError(
+                "limit", f"more than max_items={limits.max_items} CBOR items: raise the limit or send less"
+            )
+        budget -= 1
+        if position >= end:
+            raise _truncated(position)
+        major, info = data[position] >> 5, data[position] & 31
+        position += 1
+        value = info
+        if info >= 24:
+            if info > 27:
+                what = "indefinite lengths are not allowed" if info == 31 else "reserved length"
+                raise WireError("cbor", f"not valid CBOR here: {what} at byte {position - 1}")
+            width = 1 << (info - 24)
+            if position + width > end:
+                raise _truncated(position)
+            value = int.from_bytes(data[position : position + width], "big")
+            position += width
+        if is_key and major != _TEXT:
+            raise WireError("cbor", f"not valid CBOR here: a map key must be text, at byte {position - 1}")
+        if major < _BYTES:
+            continue
+        if major in (_BYTES, _TEXT):
+            if value > end - position:
+                raise _truncated(position)
+            if major == _TEXT and value > limits.max_text_bytes:
+                raise WireError(
+                    "limit", f"a text of {value} bytes is above max_text_bytes={limits.max_text_bytes}"
+                )
+            position += value
+        elif major == _OTHER:
+            if info not in _SIMPLE and info not in _FLOATS:
+                raise WireError("cbor", f"not valid CBOR here: simple value {value} at byte {position - 1}")
+        else:
+            if major == _TAG:
+                if value not in tags:
+                    raise WireError("tag", f"CBOR tag {value} is not part of this protocol")
+                value = 1
+            elif major == _MAP:
+                value *= 2
+            if value > end - position:  # every item takes a byte at least
+                raise _truncated(position)
+            if len(outer) >= limits.max_depth:
+                raise WireError("limit", f"nested deeper than max_depth={limits.max_depth}")
+            outer.append((remaining, in_map))
+            remaining, in_map = value, major == _MAP
+    if position != end:
+        raise WireError("trailing", f"{end - position} bytes behind the end of the message")
+
+
+def _truncated(position: int) -> WireError:
+    return WireError(
+        "truncated", f"the bytes end inside an item that begins before byte {position}: send them whole"
+    )
+
+
+def _line(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:200] or type(exc).__name__

@@ -1,0 +1,127 @@
+"""psgl-edge: run a device from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.batch import load_dataset
+from edge_sdk.bundle import load_bundle
+from edge_sdk.client import EdgeClient
+from edge_sdk.codec import pack_tensors
+from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run
+from edge_sdk.errors import BatchError, ConfigError
+from edge_sdk.paho_transport import PahoTransport
+from edge_sdk.training import follow, peak_rss_mb
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+  psgl-edge run net.psgl --data ward-1.npz --device ward-1 --host broker.clinic.example --ca ca.pem --user ward-1 --password-file pw
+  psgl-edge run net.psgl --data ward-1.npz --device ward-1            (a broker on this machine, port 1883)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``psgl-edge``; returns the exit code."""
+    parser = new_parser("psgl-edge", "A device of a split-learning fleet: its data stays here.", _EXAMPLES)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "run",
+        help="train with the fleet's server on the samples of a data file",
+        description="Train the front layers of a bundle with the fleet's server, on the samples of a data file.",
+        epilog="examples:\n" + _EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("bundle", type=Path, help="bundle made by psgl-export build")
+    train.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
+    train.add_argument("--device", required=True, help="name of this device in the fleet")
+    train.add_argument("--seed", type=int, default=0, help="order of the batches (default %(default)s)")
+    train.add_argument("--codec", choices=("float32", "float16"), default="float16", help="activations on the wire (default %(default)s)")
+    train.add_argument("--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)")
+    train.add_argument("--wait-s", type=float, default=120.0, help="wait this long for the server (default %(default)s)")
+    train.add_argument("--give-up-s", type=float, default=600.0, help="end when a step stays without a reply (default %(default)s)")
+    train.add_argument("--measure-clean", action="store_true", help="evaluate once more at the end WITHOUT the perturbation")
+    train.add_argument("--save-front", type=Path, metavar="FILE", help="write the trained front's tensors here (CBOR)")
+    train.add_argument("--report", type=Path, metavar="FILE", help="write steps, bytes and memory of this process here (JSON)")
+    train.add_argument("--json", action="store_true", help="print every event as one JSON line")
+    add_broker_options(train)
+    add_debug(train)
+    arguments = parser.parse_args(argv)
+    return run(lambda: _run(arguments), debug=getattr(arguments, "debug", False))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    bundle = load_bundle(arguments.bundle)
+    dataset = load_dataset(arguments.data)
+    if dataset.input_shape != bundle.manifest.input_shape:
+        raise BatchError(
+            f"{arguments.data} has samples of shape {dataset.input_shape}, the bundle takes {bundle.manifest.input_shape}: "
+            "use the bundle that was exported for this data"
+        )
+    if dataset.classes > len(bundle.manifest.classes):
+        raise BatchError(f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}")
+    if not 1024 <= arguments.chunk_bytes <= 1 << 20:
+        raise ConfigError("--chunk-bytes is 1024 to 1048576")
+    transport = PahoTransport(connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}")
+    client = EdgeClient(
+        bundle,
+        transport,
+        device=arguments.device,
+        fleet=arguments.fleet,
+        codec=arguments.codec,
+        chunk_bytes=arguments.chunk_bytes,
+        give_up_s=arguments.give_up_s,
+    )
+
+    def show(event: dict[str, Any]) -> None:
+        if arguments.json:
+            print(json.dumps(event), flush=True)
+        elif event["event"] == "evaluation":
+            share = event["fused"] / event["samples"]
+            print(f"round {event['round']}: {share:.1%} of {event['samples']} test samples right", flush=True)
+
+    try:
+        client.start(wait_s=arguments.wait_s)
+        follow(
+            client,
+            dataset.train,
+            dataset.test,
+            seed=arguments.seed,
+            measure_clean=arguments.measure_clean,
+            on_event=show,
+        )
+        if arguments.save_front:
+            _write(arguments.save_front, pack_tensors(client.front.tensors))
+        report = {
+            "name": arguments.device,
+            "steps": client.steps,
+            "resent": client.resent,
+            "bytes_sent": client.bytes_sent,
+            "bytes_received": client.bytes_received,
+            "rejected": client.rejected,
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+            "torch_loaded": "torch" in sys.modules,
+        }
+        if arguments.report:
+            _write(arguments.report, json.dumps(report, indent=1).encode())
+        show({"event": "end", **report})
+    finally:
+        client.stop()
+    return 0
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+
+
+if __name__ == "__main__":
+    sys.exit(main())

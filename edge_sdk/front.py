@@ -1,0 +1,181 @@
+"""The front layers on the device: perturb and forward, backward and optimizer step, as stock onnxruntime sessions.
+
+A front is a function of its state: nothing here keeps parameters, so that a step can be committed or forgotten as a
+whole by whoever keeps the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import BatchError, BundleError
+
+__all__ = ["Forward", "Front", "FrontState"]
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FrontState:
+    """Everything that training changes on the device.
+
+    Attributes:
+        version: number of optimizer steps taken.
+        tensors: ``p.*`` parameters, ``b.*`` BatchNorm statistics, ``s.*`` optimizer state, all float32.
+    """
+
+    version: int
+    tensors: Mapping[str, npt.NDArray[Any]] = field(repr=False)
+
+    @property
+    def parameters(self) -> dict[str, npt.NDArray[Any]]:
+        """The trained parameters by their torch names."""
+        return {name[2:]: value for name, value in self.tensors.items() if name.startswith("p.")}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What the front made of one batch.
+
+    Attributes:
+        activations: (N, *cut_shape), what crosses the wire.
+        perturbed: (N, *input_shape), the attacked input (the input itself where the profile has no perturbation).
+        map: (N, *input_shape), the normalised perturbation, or None.
+        guide: (N, K) logits of the guide, or None.
+    """
+
+    activations: Array = field(repr=False)
+    perturbed: Array = field(repr=False)
+    map: Array | None = field(repr=False)
+    guide: Array | None = field(repr=False)
+
+    @property
+    def unperturbed(self) -> int:
+        """Number of samples whose map is zero everywhere, so that they passed as they are."""
+        if self.map is None:
+            return len(self.activations)
+        return int((~self.map.reshape(len(self.map), -1).any(axis=1)).sum())
+
+
+class Front:
+    """The graphs of a bundle, ready to run.
+
+    Args:
+        bundle: a checked bundle.
+        threads: threads of onnxruntime in one graph.
+
+    Raises:
+        BundleError: this onnxruntime cannot run a graph of the bundle.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+        self._bundle = bundle
+        self._options = ort.SessionOptions()
+        self._options.intra_op_num_threads = threads
+        self._options.inter_op_num_threads = 1
+        self._options.log_severity_level = 3
+        self._sessions = {name: self._session(name) for name in ("train", "infer", "backward")}
+        self._inputs = {name: [i.name for i in s.get_inputs()] for name, s in self._sessions.items()}
+        self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
+        missing = {
+            name
+            for names in self._inputs.values()
+            for name in names
+            if name[:2] in ("p.", "b.", "s.") and name not in bundle.initial
+        }
+        if missing:
+            raise BundleError(f"the bundle's graphs want {sorted(missing)[0]!r}, which it does not hold: export it again")
+
+    def initial_state(self) -> FrontState:
+        """The state that the bundle ships."""
+        return FrontState(0, dict(self._bundle.initial))
+
+    def forward(
+        self,
+        state: FrontState,
+        x: Array,
+        labels: npt.NDArray[np.int64] | None,
+        *,
+        training: bool,
+        epsilon: float | None = None,
+    ) -> Forward:
+        """Perturb a batch and run the front layers.
+
+        Args:
+            state: parameters and statistics to use.
+            x: float32 (N, *input_shape) in [0, 1], as ``as_batch`` gives it.
+            labels: int64 (N,), or None: the guide's own decision takes their place.
+            training: BatchNorm uses the batch's statistics (True) or the running ones (False).
+            epsilon: L-infinity budget in place of the bundle's; 0 switches the perturbation off.
+
+        Raises:
+            BatchError: onnxruntime refused the batch.
+        """
+        strength = self._bundle.manifest.epsilon if epsilon is None else epsilon
+        given: dict[str, npt.NDArray[Any]] = {
+            "x": x,
+            "label": np.full(len(x), -1, np.int64) if labels is None else labels,
+            "epsilon": np.array(strength, np.float32),
+        }
+        out = self._run("train" if training else "infer", {**state.tensors, **given})
+        return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"))
+
+    def backward(
+        self, state: FrontState, perturbed: Array, attack: Array | None, gradient: Array, *, rate: float
+    ) -> FrontState:
+        """Run the backward pass and one optimizer step.
+
+        Args:
+            state: the state that the forward pass used.
+            perturbed: (N, *input_shape) of that forward pass.
+            attack: (N, *input_shape), its normalised map, or None.
+            gradient: (N, *cut_shape), the loss's gradient with respect to the activations.
+            rate: learning rate of this step.
+
+        Returns:
+            The next state; the given one is not changed.
+
+        Raises:
+            BatchError: onnxruntime refused the arrays, or the step would leave a parameter that is not finite.
+        """
+        given: dict[str, npt.NDArray[Any]] = {
+            "perturbed": perturbed,
+            "gradient": gradient,
+            "rate": np.array(rate, np.float32),
+        }
+        if attack is not None:
+            given["map"] = attack
+        out = self._run("backward", {**state.tensors, **given})
+        tensors = {name: out.get(f"next.{name}", value) for name, value in state.tensors.items()}
+        if not all(np.isfinite(value).all() for value in tensors.values()):
+            raise BatchError("the step would make the front's parameters infinite: lower the learning rate")
+        return FrontState(state.version + 1, tensors)
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(
+                self._bundle.graphs[name], self._options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as exc:  # onnxruntime raises types of its own native module
+            reason = str(exc).strip().splitlines()[0][:160]
+            raise BundleError(
+                f"onnxruntime {ort.__version__} cannot run the bundle's {name!r} graph ({reason}): "
+                "upgrade onnxruntime or export the bundle again"
+            ) from exc
+
+    def _run(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
+        try:
+            values = self._sessions[name].run(None, {key: arrays[key] for key in self._inputs[name]})
+        except KeyError as exc:
+            raise BundleError(f"the bundle's {name!r} graph wants an input {exc}, which this SDK does not know: upgrade psgl") from exc
+        except Exception as exc:  # onnxruntime raises types of its own native module
+            reason = str(exc).strip().splitlines()[0][:160]
+            raise BatchError(f"the {name!r} graph refused its input ({reason})") from exc
+        return dict(zip(self._outputs[name], values, strict=True))

@@ -1,0 +1,168 @@
+"""What a training device does from its first announcement to its last evaluation: follow the server's rounds.
+
+The device scores itself: labels of test samples never leave it, only counts do (in its state message).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.batch import Samples, batches
+from edge_sdk.client import EdgeClient
+from edge_sdk.errors import WireError
+
+__all__ = ["Evaluation", "evaluate", "follow", "peak_rss_mb"]
+
+_EVALUATION_BATCH = 64
+_COUNTS = ("samples", "fused", "guide_right", "guide_agreed", "guide_followed")
+Event = dict[str, Any]
+
+
+@dataclass
+class Evaluation:
+    """Counts over a test set; counts of several devices add up.
+
+    Attributes:
+        samples: number of samples.
+        fused: samples that the fused decision got right.
+        streams: the same for each stream by name.
+        guide_right: samples that the guide got right.
+        guide_agreed: samples on which the decision is the guide's.
+        guide_followed: samples on which the guide is wrong and the decision is the guide's.
+        has_guide: False where the profile has no guide.
+    """
+
+    samples: int = 0
+    fused: int = 0
+    streams: dict[str, int] = field(default_factory=dict)
+    guide_right: int = 0
+    guide_agreed: int = 0
+    guide_followed: int = 0
+    has_guide: bool = False
+
+    def as_fields(self) -> dict[str, Any]:
+        """The counts as plain values, for a message or a file."""
+        return asdict(self)
+
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Evaluation:
+        """Counts that arrived in a message.
+
+        Raises:
+            WireError: they are not counts, or contradict each other.
+        """
+        try:
+            counts = {name: fields[name] for name in _COUNTS}
+            streams = dict(fields["streams"])
+            everything = (*counts.values(), *streams.values())
+            sound = all(type(count) is int and 0 <= count <= counts["samples"] for count in everything)
+            if not sound or len(streams) > 8 or not all(type(name) is str for name in streams):
+                raise ValueError
+            return cls(**counts, streams=streams, has_guide=fields["has_guide"] is True)
+        except (KeyError, TypeError, ValueError) as exc:
+            raise WireError("schema", "the evaluation is not a map of counts") from exc
+
+
+def evaluate(client: EdgeClient, samples: Samples, *, epsilon: float | None = None) -> Evaluation:
+    """Ask the server to decide on every sample and count who was right.
+
+    Args:
+        client: a started client.
+        samples: the device's test set; its labels stay on the device.
+        epsilon: perturbation budget in place of the bundle's; 0 sends the samples unperturbed.
+
+    Raises:
+        BatchError, RefusedError, TransportError: as in ``EdgeClient.infer``.
+    """
+    total = Evaluation()
+    for start in range(0, len(samples), _EVALUATION_BATCH):
+        part = samples.take(np.arange(start, min(start + _EVALUATION_BATCH, len(samples))))
+        decision = client.infer(part.x, epsilon=epsilon)
+        right = decision.classes == part.y
+        total.samples += len(part)
+        total.fused += int(right.sum())
+        for name, classes in decision.streams.items():
+            total.streams[name] = total.streams.get(name, 0) + int((classes == part.y).sum())
+        if decision.guide is not None:
+            guide_right = decision.guide == part.y
+            agreed = decision.classes == decision.guide
+            total.has_guide = True
+            total.guide_right += int(guide_right.sum())
+            total.guide_agreed += int(agreed.sum())
+            total.guide_followed += int((agreed & ~guide_right).sum())
+    return total
+
+
+def follow(
+    client: EdgeClient,
+    train: Samples,
+    test: Samples | None,
+    *,
+    seed: int,
+    measure_clean: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> None:
+    """Train until the server has all its rounds, evaluating when the plan says so and once at the end.
+
+    Args:
+        client: a started client.
+        train: the device's training samples.
+        test: its test samples, or None.
+        seed: order of the batches, together with the device's name.
+        measure_clean: evaluate once more at the end with unperturbed inputs (these activations are unprotected).
+        on_event: called with a plain dictionary after every step and evaluation.
+
+    Raises:
+        BatchError, RefusedError, TransportError: as in ``EdgeClient.train_step``.
+    """
+    plan = client.plan
+    order = batches(train, plan.batch, seed=seed, device=client.device)
+    done = 0
+    client.tell(status="training", round=0)
+    while done < plan.rounds:
+        batch = next(order)
+        step = client.train_step(batch.x, batch.y)
+        if step is None:
+            break
+        done = step.round
+        on_event({"event": "step", "step": step.step, "round": done, "loss": step.loss, "resent": step.resent})
+        if test is not None and plan.evaluate_every and done % plan.evaluate_every == 0 and done < plan.rounds:
+            figures = evaluate(client, test).as_fields()
+            client.tell(round=done, evaluation=figures)
+            on_event({"event": "evaluation", "round": done, **figures})
+    final: dict[str, Any] = {}
+    if test is not None:
+        final["evaluation"] = evaluate(client, test).as_fields()
+        on_event({"event": "evaluation", "round": done, **final["evaluation"]})
+        if measure_clean:
+            final["clean"] = evaluate(client, test, epsilon=0.0).as_fields()
+            on_event({"event": "clean", "round": done, **final["clean"]})
+    client.tell(
+        status="done",
+        round=done,
+        steps=client.steps,
+        bytes_sent=client.bytes_sent,
+        bytes_received=client.bytes_received,
+        bytes_per_sample=client.bytes_per_sample,
+        **final,
+    )
+
+
+def peak_rss_mb() -> float:
+    """The largest resident memory of this process so far, in MB of 10^6 bytes."""
+    with contextlib.suppress(OSError, ValueError):
+        # getrusage would also count what the parent had before this program replaced it.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1.0 if sys.platform == "darwin" else 1024.0) / 1e6

@@ -1,0 +1,113 @@
+"""The main job: devices without torch and a server train one model over MQTT, undefended and with the defence on.
+
+Run it with ``make demo``, or ``python -m examples.quickstart --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from edge_sdk.console import new_parser, run
+from edge_sdk.errors import ConfigError
+from examples.quickstart.data import Division, divide, load, save_shard
+from examples.quickstart.fleet import FleetRun, RunOptions, run_fleet
+from server_sdk.broker import EmbeddedBroker
+from server_sdk.progress import RunDisplay
+
+_EXAMPLES = """\
+  make demo                                   MNIST, three devices
+  make demo DATA=breastmnist.npz              any .npz with x_train, y_train, x_test, y_test
+  make demo ARGS="--rounds 100 --devices 5"   other options
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = new_parser("make demo", "Split learning between real processes over MQTT, defence off and on.", _EXAMPLES)
+    parser.add_argument("--data", type=Path, help=".npz with x_train, y_train, x_test, y_test (default: MNIST)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of figure and results (default %(default)s)")
+    parser.add_argument("--devices", type=int, default=3, help="device processes (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=360, help="optimizer steps of each run (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)")
+    parser.add_argument("--broker", choices=("auto", "mosquitto", "amqtt"), default="auto", help="(default %(default)s: mosquitto if installed)")
+    parser.add_argument("--port", type=int, default=0, help="of the embedded broker (default: a free one)")
+    arguments = parser.parse_args(argv)
+    return run(lambda: _demo(arguments), debug=getattr(arguments, "debug", False))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    for option in ("devices", "rounds", "batch"):
+        if getattr(arguments, option) < 1:
+            raise ConfigError(f"--{option} must be at least 1")
+    if arguments.seed < 0:
+        raise ConfigError("--seed must be at least 0")
+    console = Console(stderr=True)
+    began = time.monotonic()
+    name, dataset = load(arguments.data, arguments.seed)
+    division = divide(name, dataset, arguments.devices, arguments.seed)
+    _introduce(console, division)
+    out: Path = arguments.out
+    try:
+        for profile in ("vanilla", "paper"):
+            shutil.rmtree(out / profile, ignore_errors=True)
+        for number, (train, test) in enumerate(division.shards, start=1):
+            save_shard(out / "data" / f"device-{number}.npz", train, test)
+    except OSError as exc:
+        raise ConfigError(f"{out} cannot be written: {exc.strerror or exc}") from exc
+    with EmbeddedBroker(arguments.broker, arguments.port) as broker:
+        # After the broker, which starts at once or says why not; torch takes seconds to import.
+        from examples.quickstart.figure import draw
+        from examples.quickstart.report import compose, print_report, write_result
+        from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+
+        with console.status("fitting the guide on samples that no device has"):
+            guide = prepare_guide(division.guide, division.classes, seed=arguments.seed)
+        runs: dict[str, FleetRun] = {}
+        for profile in ("vanilla", "paper"):
+            with console.status(f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"):
+                options = BuildOptions(profile, dataset.input_shape, class_names(division.classes), seed=arguments.seed)
+                built = build_bundle(out / profile / "net.psgl", options, guide)
+            run_options = RunOptions(
+                folder=out / profile,
+                bundle=built.bundle,
+                shards=tuple(out / "data" / f"device-{n}.npz" for n in range(1, arguments.devices + 1)),
+                rounds=arguments.rounds,
+                batch=min(arguments.batch, *(len(train) for train, _ in division.shards)),
+                evaluate_every=max(arguments.rounds // 9, 1),
+                seed=arguments.seed,
+                threads=1,
+                measure_clean=profile == "paper",
+            )
+            runs[profile] = FleetRun()
+            with RunDisplay(f"{profile} · {broker.kind} on {broker.host}:{broker.port}", console) as display:
+                for event in run_fleet(run_options, broker, runs[profile]):
+                    display.show(event)
+        result = compose(runs["vanilla"], runs["paper"], broker.kind, time.monotonic() - began)
+    draw(out / "figure.png", out / "paper", division.shards[0][1], runs)
+    write_result(out / "result.json", result)
+    print_report(Console(), result, out)
+    return 0
+
+
+def _introduce(console: Console, division: Division) -> None:
+    for note in division.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    train = sum(len(train) for train, _ in division.shards)
+    test = sum(len(test) for _, test in division.shards)
+    console.print(
+        f"{division.name}: {train} training and {test} test samples over {len(division.shards)} devices, "
+        f"{len(division.guide)} others for the guide",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Do the exported graphs compute what torch computes? Checked on every export, before anything is written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from export.errors import ExportError
+from export.graphs import GraphSet, Optimizer
+from server_sdk.reference.perturbation import Perturbation, front_input, perturb
+
+__all__ = ["TOLERANCE", "check_parity"]
+
+TOLERANCE = 2e-3
+_BATCH = 5
+
+
+def check_parity(
+    graphs: GraphSet,
+    front: nn.Module,
+    guide: nn.Module | None,
+    input_shape: Sequence[int],
+    perturbation: Perturbation | None,
+    downsample: int,
+    optimizer: Optimizer,
+) -> float:
+    """Run every graph beside plain torch (autograd and torch.optim) on one random batch.
+
+    Returns:
+        The largest difference, relative to the largest element of the output that it belongs to.
+
+    Raises:
+        ExportError: a graph is off by more than ``TOLERANCE``.
+    """
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(_BATCH, *input_shape, generator=generator)
+    label = torch.full((_BATCH,), -1)
+    given: dict[str, npt.NDArray[Any]] = {**graphs.tensors, "x": x.numpy(), "label": label.numpy()}
+    attack: Tensor | None = None
+    seen = x
+    expected: dict[str, Tensor] = {}
+    if perturbation is not None and guide is not None:
+        given["epsilon"] = np.array(perturbation.epsilon, np.float32)
+        result = perturb(guide, x, label, normalisation=perturbation.normalisation, epsilon=perturbation.epsilon)
+        seen, attack = result.perturbed.detach(), result.map.detach()
+        expected = {"perturbed": seen, "map": attack, "guide": result.guide.detach()}
+    worst = 0.0
+    for name, graph, training in (("train", graphs.train, True), ("infer", graphs.infer, False)):
+        twin = copy.deepcopy(front).train(training)
+        with torch.no_grad():
+            activations = twin(front_input(seen, attack, downsample))
+        worst = max(worst, _compare(name, graph, given, {**expected, "activations": activations}))
+    twin = copy.deepcopy(front).train()
+    stepper: torch.optim.Optimizer = (
+        torch.optim.Adam(twin.parameters(), optimizer.learning_rate, optimizer.betas, optimizer.epsilon)
+        if optimizer.kind == "adam"
+        else torch.optim.SGD(twin.parameters(), optimizer.learning_rate, optimizer.momentum)
+    )
+    activations = twin(front_input(seen, attack, downsample))
+    # A gradient as large as its own noise would test Adam's division by it, not the graph.
+    gradient = torch.rand(activations.shape, generator=generator) + 0.5
+    activations.backward(gradient)
+    stepper.step()
+    given |= {
+        "perturbed": seen.numpy(),
+        "gradient": gradient.numpy(),
+        "rate": np.array(optimizer.learning_rate, np.float32),
+    }
+    if attack is not None:
+        given["map"] = attack.numpy()
+    after = {f"next.p.{name}": value.detach() for name, value in twin.named_parameters()}
+    after |= {
+        f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
+    }
+    return max(worst, _compare("backward", graphs.backward, given, after))
+
+
+def _compare(
+    name: str, graph: bytes, given: Mapping[str, npt.NDArray[Any]], expected: Mapping[str, Tensor]
+) -> float:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    feed = {one.name: given[one.name] for one in session.get_inputs()}
+    outputs = dict(zip([one.name for one in session.get_outputs()], session.run(None, feed), strict=True))
+    worst = 0.0
+    for output, value in expected.items():
+        reference = value.numpy().astype(np.float64)
+        size = max(float(np.abs(reference).max()), 1e-6)
+        error = float(np.abs(outputs[output] - reference).max()) / size
+        if not error <= TOLERANCE:
+            raise ExportError(
+                f"graph {name!r} differs from torch by {error:.2g} (relative) in {output!r}: "
+                "this onnx, onnxscript or torch exports a layer wrongly; use the versions of constraints.txt"
+            )
+        worst = max(worst, error)
+    return worst

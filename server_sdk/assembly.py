@@ -1,0 +1,82 @@
+"""A bundle and the weights beside it become a trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from edge_sdk.bundle import Bundle
+from server_sdk.errors import ModelError
+from server_sdk.reference.profiles import ServerPart
+from server_sdk.reference.specification import build
+from server_sdk.reference.split import split
+from server_sdk.streams import Streams
+from server_sdk.trainer import Trainer
+
+__all__ = ["back_path", "trainer_from"]
+
+
+def back_path(bundle_path: Path) -> Path:
+    """Where export puts the back's initial weights: ``net.back.safetensors`` beside ``net.psgl``."""
+    return bundle_path.with_name(f"{bundle_path.stem}.back.safetensors")
+
+
+def trainer_from(
+    bundle: Bundle,
+    back: Path,
+    *,
+    rounds: int,
+    learning_rate: float = 2e-3,
+    optimizer: Literal["adam", "sgd"] = "adam",
+    device: str = "cpu",
+    allow_foreign: bool = False,
+) -> Trainer:
+    """Build the back networks that a bundle asks for.
+
+    Args:
+        bundle: a checked bundle.
+        back: safetensors file with the back's initial weights, as export wrote it.
+        rounds: length of the learning rate's cosine schedule.
+        device: ``cpu`` or ``cuda``.
+        allow_foreign: import a model from outside this SDK, which runs its code.
+
+    Raises:
+        ModelError: the weights are missing or are not this bundle's, or the model cannot be built.
+    """
+    part = ServerPart.from_manifest(bundle.manifest.server)
+    try:
+        data = back.read_bytes()
+    except OSError as exc:
+        raise ModelError(f"the back's weights are not readable at {back}: copy them there from beside the bundle") from exc
+    if hashlib.sha256(data).hexdigest() != part.back_sha256:
+        raise ModelError(f"{back} holds the weights of another bundle: copy the file from beside this bundle")
+    try:
+        weights = safetensors.torch.load(data)
+    except SafetensorError as exc:
+        raise ModelError(f"{back} is damaged ({exc}): copy it again from beside the bundle") from exc
+    channels, *grid = bundle.manifest.cut_shape
+    if len(grid) not in (1, 2):
+        raise ModelError("the cut must have one or two spatial axes: export the bundle with another cut")
+    streams = Streams(
+        lambda: split(build(part.model, part.seed, allow_foreign=allow_foreign), part.model.cut)[1],
+        channels,
+        1 if len(grid) == 1 else 2,
+        names=part.streams,
+        threshold=part.threshold,
+        seed=part.seed,
+    )
+    streams.load_back(weights)
+    return Trainer(
+        streams,
+        cut=bundle.manifest.cut_shape,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        gradient_from=part.gradient_from,
+        base_weights=part.base_weights,
+        rounds=rounds,
+        device=device,
+    )

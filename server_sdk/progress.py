@@ -1,0 +1,130 @@
+"""The live display of a run: rounds, loss, accuracy of each stream, bytes, devices and their state.
+
+It draws from the service's events alone, so the same display serves the server's own terminal and whoever reads its
+events from a pipe.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["RunDisplay", "megabytes"]
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_COLOURS = {"online": "cyan", "training": "green", "done": "blue", "offline": "red"}
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB of 10^6."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _sparkline(values: list[float], width: int = 40) -> str:
+    shown = values[-width:]
+    low, high = min(shown), max(shown)
+    scale = (len(_BARS) - 2) / (high - low) if high > low else 0.0
+    return "".join(_BARS[1 + round((value - low) * scale)] for value in shown)
+
+
+class RunDisplay:
+    """Show one run while it goes on.
+
+    On a terminal the display is redrawn in place; anywhere else it prints a line at each evaluation.
+
+    Args:
+        title: what runs.
+        console: where to draw; standard error by default.
+    """
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._title = title
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            expand=True,
+        )
+        self._task = self._progress.add_task("waiting for devices", total=None)
+        self._losses: list[float] = []
+        self._devices: dict[str, dict[str, Any]] = {}
+        self._evaluation: dict[str, Any] = {}
+        self._bytes = (0, 0)
+        self._notes: list[str] = []
+        self._live = Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self._draw)
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Take one event of the service."""
+        kind = event.get("event")
+        if kind == "round":
+            self._losses.append(float(event["loss"]))
+            self._bytes = (int(event["bytes_received"]), int(event["bytes_sent"]))
+            self._progress.update(
+                self._task, description="round", completed=event["round"], total=event["rounds"]
+            )
+            for name in event["devices"]:
+                self._devices.setdefault(name, {"status": "training"})["round"] = event["round"]
+            for name in event["absent"]:
+                self._note(f"round {event['round']} went on without {name}")
+        elif kind == "device":
+            self._devices.setdefault(event["device"], {}).update(status=event["status"], round=event["round"])
+        elif kind == "evaluation":
+            self._evaluation = event
+            if not self._console.is_terminal:
+                streams = "  ".join(f"{name} {share:.1%}" for name, share in event["streams"].items())
+                loss = f"loss {self._losses[-1]:.3f}  " if self._losses else ""
+                self._console.print(
+                    f"{self._title}: round {event['round']}  {loss}decision {event['accuracy']:.1%}  ({streams})  "
+                    f"received {megabytes(self._bytes[0])}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        elif kind in ("refused", "unsent", "broker"):
+            self._note(f"{event.get('device') or event.get('topic') or 'broker'}: {event['why']}")
+
+    def _note(self, text: str) -> None:
+        self._notes = [*self._notes[-2:], text]
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: {text}", highlight=False, soft_wrap=True)
+
+    def _draw(self) -> RenderableType:
+        parts: list[RenderableType] = [self._progress]
+        figures = Table.grid(padding=(0, 3))
+        if self._losses:
+            figures.add_row("loss", f"{self._losses[-1]:.4f}", Text(_sparkline(self._losses), style="magenta"))
+        if self._evaluation:
+            streams = "   ".join(f"{name} {share:.1%}" for name, share in self._evaluation["streams"].items())
+            figures.add_row("accuracy", Text(f"{self._evaluation['accuracy']:.1%}", style="bold green"), streams)
+        figures.add_row("bytes", megabytes(self._bytes[0]), f"received   {megabytes(self._bytes[1])} sent")
+        parts.append(figures)
+        if self._devices:
+            devices = Table.grid(padding=(0, 3))
+            for name, device in sorted(self._devices.items()):
+                status = str(device.get("status", "online"))
+                devices.add_row(
+                    Text("●", style=_COLOURS.get(status, "white")), name, status, f"round {device.get('round', 0)}"
+                )
+            parts.append(devices)
+        parts.extend(Text(note, style="yellow") for note in self._notes)
+        return Panel(Group(*parts), title=self._title, title_align="left", border_style="dim")

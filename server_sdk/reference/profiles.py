@@ -1,0 +1,94 @@
+"""What a profile switches on, on the device and on the server; a bundle names its profile.
+
+``hardened`` (a frozen front with a small, bounded, noisy code) will stand beside these two as another entry with
+its own front; nothing else here asks for a profile by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+from server_sdk.errors import ModelError
+from server_sdk.fusion import BASE_WEIGHTS
+from server_sdk.reference.perturbation import Perturbation
+from server_sdk.reference.specification import ModelSpec
+from server_sdk.streams import STREAMS
+
+__all__ = ["PROFILES", "Profile", "ServerPart"]
+
+
+@dataclass(frozen=True)
+class ServerPart:
+    """What the server does with a bundle's activations; it travels in the manifest under ``server``.
+
+    Attributes:
+        model: the whole network, split as on export.
+        seed: of the initial weights of front and back.
+        back_sha256: hash of the safetensors file with the back's initial weights.
+        streams: subset of ``attacked``, ``recovered``, ``fused``.
+        gradient_from: ``fused`` (paper) or ``all``: whose gradient goes back to the device.
+        threshold: of the recovery, relative to the largest singular value.
+        base_weights: of the decision fusion, by stream.
+    """
+
+    model: ModelSpec
+    seed: int
+    back_sha256: str
+    streams: tuple[str, ...]
+    gradient_from: Literal["fused", "all"] = "fused"
+    threshold: float = 0.1
+    base_weights: Mapping[str, float] = field(default_factory=lambda: dict(BASE_WEIGHTS))
+
+    def as_manifest(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_manifest(cls, part: Mapping[str, Any]) -> ServerPart:
+        """From the JSON values of a bundle that was read.
+
+        Raises:
+            ModelError: a value is missing or of another type.
+        """
+        try:
+            model = part["model"]
+            found = cls(
+                model=ModelSpec(str(model["factory"]), dict(model["arguments"]), str(model["cut"])),
+                seed=int(part["seed"]),
+                back_sha256=str(part["back_sha256"]),
+                streams=tuple(str(name) for name in part["streams"]),
+                gradient_from=cast(Literal["fused", "all"], part["gradient_from"]),
+                threshold=float(part["threshold"]),
+                base_weights={str(name): float(weight) for name, weight in part["base_weights"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise ModelError(f"the bundle does not say how to train its back ({exc}): export it again") from exc
+        if found.gradient_from not in ("fused", "all") or not set(found.streams) <= set(STREAMS):
+            raise ModelError("the bundle names streams that this server does not have: upgrade psgl or export it again")
+        return found
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named set of switches.
+
+    Attributes:
+        perturbation: what the device does to its input, or None.
+        streams: what the server trains.
+        about: one sentence for ``--help``.
+    """
+
+    perturbation: Perturbation | None
+    streams: tuple[str, ...]
+    about: str
+
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "vanilla": Profile(None, ("attacked",), "plain split learning, the baseline of every table"),
+        "paper": Profile(Perturbation("sign", 0.2), STREAMS, "reversed JSMA on the device, recovery and fusion on the server"),
+    }
+)
