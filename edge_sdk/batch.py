@@ -123,10 +123,17 @@ def as_labels(y: npt.ArrayLike, count: int, classes: int) -> npt.NDArray[np.int6
     return labels.astype(np.int64)
 
 
-def batches(samples: Samples, batch_size: int, *, seed: int, device: str) -> Iterator[Samples]:
+def batches(samples: Samples, batch_size: int, *, seed: int, device: str, shift: int = 0) -> Iterator[Samples]:
     """Endless full batches in an order that depends on the seed and the device alone.
 
     Every pass over the samples draws a new permutation; a batch may span two passes.
+
+    Args:
+        samples: what to draw from.
+        batch_size: N of every batch.
+        seed: of order and shifts, together with the device's name.
+        device: the device's name.
+        shift: move each image by up to this many pixels along each axis (augmentation), repeating its border.
     """
     key = np.frombuffer(device.encode(), dtype=np.uint8)
     generator = np.random.default_rng([seed, *key.tolist()])
@@ -134,8 +141,17 @@ def batches(samples: Samples, batch_size: int, *, seed: int, device: str) -> Ite
     while True:
         while len(order) < batch_size:
             order = np.concatenate([order, generator.permutation(len(samples))])
-        yield samples.take(order[:batch_size])
+        batch = samples.take(order[:batch_size])
         order = order[batch_size:]
+        yield replace(batch, x=_shifted(batch.x, shift, generator)) if shift else batch
+
+
+def _shifted(x: npt.NDArray[Any], by: int, generator: np.random.Generator) -> npt.NDArray[Any]:
+    axes = x.shape[2:]
+    grown = np.pad(x, ((0, 0), (0, 0), *((by, by) for _ in axes)), mode="edge")
+    offsets = generator.integers(0, 2 * by + 1, (len(x), len(axes)))
+    cut = [tuple(slice(start, start + size) for start, size in zip(row, axes, strict=True)) for row in offsets]
+    return np.stack([image[(slice(None), *window)] for image, window in zip(grown, cut, strict=True)])
 
 
 def load_dataset(path: str | Path) -> Dataset:
@@ -176,9 +192,10 @@ def load_dataset(path: str | Path) -> Dataset:
 
 def _read(path: Path) -> list[npt.NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise BatchError(f"{path} is a single array: save x_train, y_train, x_test, y_test with numpy.savez")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise BatchError(f"{path} is a single array: save x_train, y_train, x_test, y_test with numpy.savez")
+        with loaded as archive:
             for names in _NAMES:
                 if all(name in archive.files for name in names):
                     return [archive[name] for name in names]

@@ -115,8 +115,6 @@ def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
                 value = 1
             elif major == _MAP:
                 value *= 2
-            if value > end - position:  # every item takes a byte at least
-                raise _truncated(position)
             if len(outer) >= limits.max_depth:
                 raise WireError("limit", f"nested deeper than max_depth={limits.max_depth}")
             outer.append((remaining, in_map))

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
     train.add_argument("--device", required=True, help="name of this device in the fleet")
     train.add_argument("--seed", type=int, default=0, help="order of the batches (default %(default)s)")
+    train.add_argument("--shift", type=int, default=0, metavar="PIXELS", help="augment: move training images by up to this (default %(default)s)")
     train.add_argument("--codec", choices=("float32", "float16"), default="float16", help="activations on the wire (default %(default)s)")
     train.add_argument("--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)")
     train.add_argument("--wait-s", type=float, default=120.0, help="wait this long for the server (default %(default)s)")
@@ -67,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise BatchError(f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}")
     if not 1024 <= arguments.chunk_bytes <= 1 << 20:
         raise ConfigError("--chunk-bytes is 1024 to 1048576")
+    if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
+        raise ConfigError("--shift is 0 or less than the image's size, --seed at least 0")
     transport = PahoTransport(connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}")
     client = EdgeClient(
         bundle,
@@ -92,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
             dataset.train,
             dataset.test,
             seed=arguments.seed,
+            shift=arguments.shift,
             measure_clean=arguments.measure_clean,
             on_event=show,
         )

@@ -60,7 +60,7 @@ def to_typed_array(name: str, array: Array) -> cbor2.CBORTag:
     """
     if not isinstance(array, np.ndarray):
         raise WireError("dtype", f"tensor {name!r} is a {type(array).__name__}: pass a numpy array")
-    tag = _TAGS.get(array.dtype) if array.dtype.isnative else None
+    tag = _TAGS.get(array.dtype)
     if tag is None:
         raise WireError("dtype", f"tensor {name!r} is {array.dtype}: cast it to one of {_ALLOWED}")
     if not array.size:

@@ -192,7 +192,10 @@ class _PahoLink:
         )
 
     def _on_disconnect(self, _client: Client, _data: Any, flags: Any, code: ReasonCode, _props: Any) -> None:
-        self.farewell = f"the broker says {code}" if flags.is_disconnect_packet_from_server else str(code)
+        if flags.is_disconnect_packet_from_server:
+            self.farewell = f"the broker says {code}"
+        elif code.getName() != "Unspecified error":
+            self.farewell = str(code)
 
     def _on_publish(self, _client: Client, _data: Any, _mid: int, code: ReasonCode, _props: Any) -> None:
         self.published.append(code.getName() if code.is_failure else None)

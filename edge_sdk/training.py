@@ -21,7 +21,8 @@ from edge_sdk.errors import WireError
 
 __all__ = ["Evaluation", "evaluate", "follow", "peak_rss_mb"]
 
-_EVALUATION_BATCH = 64
+_EVALUATION_BATCH = 32
+_INTERIM_SAMPLES = 256
 _COUNTS = ("samples", "fused", "guide_right", "guide_agreed", "guide_followed")
 Event = dict[str, Any]
 
@@ -108,6 +109,7 @@ def follow(
     test: Samples | None,
     *,
     seed: int,
+    shift: int = 0,
     measure_clean: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> None:
@@ -116,8 +118,9 @@ def follow(
     Args:
         client: a started client.
         train: the device's training samples.
-        test: its test samples, or None.
+        test: its test samples, or None. Evaluations before the end take the first 256 of them.
         seed: order of the batches, together with the device's name.
+        shift: augmentation, see ``batches``.
         measure_clean: evaluate once more at the end with unperturbed inputs (these activations are unprotected).
         on_event: called with a plain dictionary after every step and evaluation.
 
@@ -125,7 +128,7 @@ def follow(
         BatchError, RefusedError, TransportError: as in ``EdgeClient.train_step``.
     """
     plan = client.plan
-    order = batches(train, plan.batch, seed=seed, device=client.device)
+    order = batches(train, plan.batch, seed=seed, device=client.device, shift=shift)
     done = 0
     client.tell(status="training", round=0)
     while done < plan.rounds:
@@ -136,7 +139,7 @@ def follow(
         done = step.round
         on_event({"event": "step", "step": step.step, "round": done, "loss": step.loss, "resent": step.resent})
         if test is not None and plan.evaluate_every and done % plan.evaluate_every == 0 and done < plan.rounds:
-            figures = evaluate(client, test).as_fields()
+            figures = evaluate(client, test.take(np.arange(min(len(test), _INTERIM_SAMPLES)))).as_fields()
             client.tell(round=done, evaluation=figures)
             on_event({"event": "evaluation", "round": done, **figures})
     final: dict[str, Any] = {}

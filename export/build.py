@@ -44,10 +44,11 @@ class BuildOptions:
         optimizer: of the front, on the device.
         max_batch: largest number of samples in one step.
         model: the whole network; None: the reference network for this shape.
-        downsample: 2 moves blocks of two along each spatial axis into channels before the front, 1 leaves the grid.
+        downsample: 2 moves blocks of two along each spatial axis into channels before the front, 1 leaves the
+            grid.
         epsilon: in place of the profile's.
-        perturb_towards: the class that the perturbation attacks in training: the guide's decision, as at test, or the
-            true label, which the server then learns to read off the perturbation.
+        perturb_towards: the class that the perturbation attacks in training: the guide's decision, as at
+            test, or the true label, which the server then learns to read off the perturbation.
     """
 
     profile: str
@@ -80,7 +81,12 @@ class Built:
 
 
 def prepare_guide(
-    samples: Samples, classes: int, *, seed: int, epochs: int = 30, progress: Callable[[int, int, float], None] | None = None
+    samples: Samples,
+    classes: int,
+    *,
+    seed: int,
+    epochs: int = 30,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> Guide:
     """Fit the guide on samples that no device holds.
 
@@ -102,7 +108,8 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         guide: from ``prepare_guide``; needed where the profile perturbs.
 
     Raises:
-        ExportError: an unknown profile, a model that cannot be exported, or graphs that do not compute what torch does.
+        ExportError: an unknown profile, a model that cannot be exported, or graphs that do not compute what
+        torch does.
         ModelError: the network cannot be built or split.
         BundleError: the file cannot be written.
     """
@@ -122,8 +129,12 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         downsample=options.downsample,
         optimizer=options.optimizer,
     )
-    worst = check_parity(graphs, front, guide, options.input_shape, perturbation, options.downsample, options.optimizer)
-    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
+    worst = check_parity(
+        graphs, front, guide, options.input_shape, perturbation, options.downsample, options.optimizer
+    )
+    weights = safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in back.state_dict().items()}
+    )
     part = ServerPart(model, options.seed, hashlib.sha256(weights).hexdigest(), profile.streams)
     manifest = Manifest(
         profile=options.profile,
@@ -152,7 +163,9 @@ def _reference(options: BuildOptions, profile: Profile) -> ModelSpec:
     channels, *axes = options.input_shape
     grid = [size // options.downsample for size in axes]
     stacked = channels * options.downsample ** len(axes) + (1 if profile.perturbation else 0)
-    return ModelSpec(REFERENCE, {"in_channels": stacked, "grid": grid, "classes": len(options.classes)}, "relu2")
+    return ModelSpec(
+        REFERENCE, {"in_channels": stacked, "grid": grid, "classes": len(options.classes)}, "relu2"
+    )
 
 
 def _cut_shape(front: nn.Module, options: BuildOptions, *, perturbed: bool) -> tuple[int, ...]:

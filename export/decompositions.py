@@ -1,7 +1,10 @@
-"""How backward operators become operators that an inference runtime has.
+"""How operators of a traced gradient become operators that an inference runtime has.
 
-``DECOMPOSITIONS`` rewrites ATen operators while a gradient is traced; ``TRANSLATIONS`` gives the ONNX form of the two
-that no combination of ATen operators expresses as cheaply. Forward operators keep torch's own translation.
+``DECOMPOSITIONS`` rewrites ATen operators while a gradient is traced. ``TRANSLATIONS`` gives the ONNX form of
+those that are cheapest, or only right, when written by hand; everything else keeps torch's own translation.
+The forms were chosen by time in onnxruntime on one CPU thread: strided slices and MatMul for a convolution's
+weight gradient, MaxUnpool for a pool's, one BatchNormalization with the batch's own statistics for training
+mode.
 """
 
 from __future__ import annotations
@@ -20,15 +23,10 @@ from export.errors import ExportError
 
 __all__ = ["DECOMPOSITIONS", "TRANSLATIONS"]
 
+_FLOAT = 1
+_FEW_ROWS = 16
+
 aten = torch.ops.aten
-
-
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape([1, -1] + [1] * (like.dim() - 2))
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]
 
 
 def _threshold_backward(grad: Tensor, result: Tensor, threshold: float) -> Tensor:
@@ -36,113 +34,300 @@ def _threshold_backward(grad: Tensor, result: Tensor, threshold: float) -> Tenso
 
 
 def _batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    training: bool, momentum: float, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    """Make the update of the running statistics, which the operator's schema hides, visible to the trace."""
     if not training:
-        if running_mean is None or running_var is None:
-            return NotImplemented
-        out = aten._native_batch_norm_legit_no_training(x, weight, bias, running_mean, running_var, momentum, eps)
-        return out[0], x.new_zeros(0), x.new_zeros(0)
-    axes = _all_but_channels(x)
-    mean = x.mean(axes)
-    centred = x - _per_channel(mean, x)
-    variance = (centred * centred).mean(axes)
-    scale = torch.rsqrt(variance + eps)
-    if running_mean is not None and running_var is not None:
-        count = x.numel() / x.shape[1]
-        running_mean.copy_((1.0 - momentum) * running_mean + momentum * mean)
-        running_var.copy_((1.0 - momentum) * running_var + momentum * (variance * (count / (count - 1.0))))
-    ones = torch.ones_like(mean) if weight is None else weight
-    zeros = torch.zeros_like(mean) if bias is None else bias
-    out = aten._native_batch_norm_legit_no_training(x, ones, zeros, mean, variance, momentum, eps)
-    return out[0], mean, scale
+        return NotImplemented
+    if running_mean is None or running_var is None:
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+    out, mean, scale, next_mean, next_var = aten._native_batch_norm_legit_functional(
+        x, weight, bias, running_mean, running_var, True, momentum, eps
+    )
+    running_mean.copy_(next_mean)
+    running_var.copy_(next_var)
+    return out, mean, scale
 
 
 def _avg_pool2d_backward(
-    grad: Tensor, x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
-    count_include_pad: bool, divisor_override: int | None,
-) -> Tensor:
-    stride = list(stride) or list(kernel)
+    grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Any:
     if ceil_mode or divisor_override is not None or (any(padding) and not count_include_pad):
         return NotImplemented
+    stride = list(stride) or list(kernel)
     channels = x.shape[1]
-    out = grad.shape[2:]
-    missing = [x.shape[2 + i] - ((out[i] - 1) * stride[i] - 2 * padding[i] + kernel[i]) for i in range(2)]
-    spread = x.new_full([channels, 1, *kernel], 1.0 / math.prod(kernel))
+    missing = _output_padding(x.shape[2:], grad.shape[2:], kernel, stride, padding, [1, 1])
+    spread = torch.full([channels, 1, *kernel], 1.0 / math.prod(kernel), dtype=x.dtype)
     return aten.convolution(grad, spread, None, stride, padding, [1, 1], True, missing, channels)
 
 
-def _own() -> dict[Any, Callable[..., Any]]:
+def _output_padding(
+    grid: Sequence[int],
+    out: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """What a transposed convolution must add at the end of each axis to give back the input's extent."""
+    return [
+        grid[i] - ((out[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1)
+        for i in range(len(kernel))
+    ]
+
+
+def _ints(*values: int) -> Any:
+    return op.Constant(value_ints=list(values))
+
+
+def _spatial(x: Any) -> list[int]:
+    return list(range(2, len(x.shape)))
+
+
+def _per_channel(values: Any, x: Any) -> Any:
+    return op.Reshape(values, _ints(1, -1, *[1] * (len(x.shape) - 2)))
+
+
+def _sum_per_channel(values: Any, like: Any) -> Any:
+    return op.ReduceSum(values, _ints(0, *_spatial(like)), keepdims=0)
+
+
+def _convolution_backward(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: Any,
+    output_padding: Any,
+    groups: Any,
+    output_mask: Any,
+) -> Any:
+    if transposed:
+        raise ExportError("a transposed convolution has no gradient graph: place it behind the cut")
+    dx = dw = db = grad  # places that nobody reads
+    if output_mask[0]:
+        missing = _output_padding(x.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation)
+        dx = op.ConvTranspose(
+            grad,
+            weight,
+            dilations=dilation,
+            group=groups,
+            output_padding=missing,
+            pads=[*padding, *padding],
+            strides=stride,
+        )
+    if output_mask[1]:
+        dw = _weight_gradient(grad, x, weight, stride, padding, dilation, groups)
+    if output_mask[2]:
+        db = _sum_per_channel(grad, x)
+    return dx, dw, db
+
+
+def _weight_gradient(
+    grad: Any, x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Any:
+    """dW = sum over samples of dY @ im2col(x)^T.
+
+    The taps of the last axis are laid side by side once; each position on the other axes is then a slice of
+    whole rows and one product. With few channels these would be too thin to pay, so all taps go into one.
+    """
+    out, kernel = list(grad.shape[2:]), list(weight.shape[2:])
+    fan_out, fan_in = int(weight.shape[0]) // groups, int(weight.shape[1])
+    axes = _spatial(x)
+    last, width = axes[-1], kernel[-1]
+    if any(padding):
+        x = op.Pad(x, _ints(*padding, *padding), None, _ints(*axes))
+    stop = (out[-1] - 1) * stride[-1] + 1
+    columns = [
+        op.Slice(
+            x, _ints(tap * dilation[-1]), _ints(tap * dilation[-1] + stop), _ints(last), _ints(stride[-1])
+        )
+        for tap in range(width)
+    ]
+    # (N, C, width, *S): unsqueezed so that channels of one group stay together
+    spread = op.Concat(*[op.Unsqueeze(column, _ints(2)) for column in columns], axis=2)
+    lead = [0] if groups == 1 else [0, groups]
+    swap = [0, 2, 1] if groups == 1 else [0, 1, 3, 2]
+    cells = math.prod(out)
+    left = op.Reshape(grad, _ints(*lead, fan_out, cells))
+    rows = []
+    for offset in itertools.product(*(range(extent) for extent in kernel[:-1])):
+        part = spread
+        if offset:
+            start = [o * d for o, d in zip(offset, dilation, strict=False)]
+            ends = [a + (n - 1) * s + 1 for a, n, s in zip(start, out, stride, strict=False)]
+            steps = stride[: len(offset)]
+            part = op.Slice(
+                part, _ints(*start), _ints(*ends), _ints(*[axis + 1 for axis in axes[:-1]]), _ints(*steps)
+            )
+        rows.append(part)
+    if fan_in * width < _FEW_ROWS and len(rows) > 1:
+        rows = [op.Concat(*[op.Unsqueeze(row, _ints(2)) for row in rows], axis=2)]
+    products = []
+    for row in rows:
+        right = op.Transpose(op.Reshape(row, _ints(*lead, -1, cells)), perm=swap)
+        products.append(op.ReduceSum(op.MatMul(left, right), _ints(0), keepdims=0))
+    shape = [int(extent) for extent in weight.shape]
+    parts = [op.Reshape(product, _ints(shape[0], fan_in, -1, width)) for product in products]
+    return op.Reshape(parts[0] if len(parts) == 1 else op.Concat(*parts, axis=2), _ints(*shape))
+
+
+def _batch_statistics(x: Any) -> tuple[Any, Any, Any]:
+    """Mean and biased variance over all axes but the channels', and x without its mean."""
+    axes = [0, *_spatial(x)]
+    mean = op.ReduceMean(x, _ints(*axes), keepdims=0)
+    centred = op.Sub(x, _per_channel(mean, x))
+    variance = op.ReduceMean(op.Mul(centred, centred), _ints(*axes), keepdims=0)
+    return mean, variance, centred
+
+
+def _batch_norm_training(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+) -> Any:
+    """Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1; running variance unbiased, as torch keeps it."""
+    out, mean, scale, variance = _normalised(x, weight, bias, eps)
+    count = _samples_per_channel(x)
+    unbiased = op.Mul(variance, op.Div(count, op.Sub(count, _float(1.0))))
+
+    def blended(before: Any, now: Any) -> Any:
+        return op.Add(op.Mul(before, _float(1.0 - momentum)), op.Mul(now, _float(momentum)))
+
+    return out, mean, scale, blended(running_mean, mean), blended(running_var, unbiased)
+
+
+def _batch_norm_training_alone(x: Any, weight: Any, bias: Any, training: Any, momentum: Any, eps: Any) -> Any:
+    return _normalised(x, weight, bias, eps)[:3]
+
+
+def _normalised(x: Any, weight: Any, bias: Any, eps: Any) -> tuple[Any, Any, Any, Any]:
+    channels = int(x.shape[1])
+    mean, variance, _ = _batch_statistics(x)
+    weight = _constant_per_channel(1.0, channels) if weight is None else weight
+    bias = _constant_per_channel(0.0, channels) if bias is None else bias
+    out = op.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
+    return out, mean, op.Reciprocal(op.Sqrt(op.Add(variance, _float(eps)))), variance
+
+
+def _batch_norm_backward(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    running_mean: Any,
+    running_var: Any,
+    save_mean: Any,
+    save_scale: Any,
+    training: Any,
+    eps: Any,
+    output_mask: Any,
+) -> Any:
+    """dx = w s (dy - mean(dy) - xc s^2 mean(dy xc)) with xc = x - mean(x) and s = 1 / sqrt(var + eps).
+
+    Written as ``A dy + (B xc + C)`` with one value per channel each, the bracket as one BatchNormalization.
+    """
+    channels = int(x.shape[1])
+    mean = save_mean if training else running_mean
+    scale = save_scale if training else op.Reciprocal(op.Sqrt(op.Add(running_var, _float(eps))))
+    centred = op.Sub(x, _per_channel(mean, x))
+    total = _sum_per_channel(grad, x)
+    along = _sum_per_channel(op.Mul(grad, centred), x)
+    gain = scale if weight is None else op.Mul(scale, weight)
+    dx = op.Mul(grad, _per_channel(gain, x))
+    if training:
+        share = op.Div(gain, _samples_per_channel(x))
+        slope = op.Neg(op.Mul(op.Mul(share, op.Mul(scale, scale)), along))
+        offset = op.Neg(op.Mul(share, total))
+        zeros, ones = _constant_per_channel(0.0, channels), _constant_per_channel(1.0, channels)
+        dx = op.Add(dx, op.BatchNormalization(centred, slope, offset, zeros, ones, epsilon=0.0))
+    return dx, op.Mul(along, scale), total
+
+
+def _samples_per_channel(x: Any) -> Any:
+    return op.Div(op.Cast(op.Size(x), to=_FLOAT), _float(float(x.shape[1])))
+
+
+def _float(value: float) -> Any:
+    return op.Constant(value_float=float(value))
+
+
+def _constant_per_channel(value: float, channels: int) -> Any:
+    return op.Constant(value_floats=[value] * channels)
+
+
+def _max_pool_backward(
+    grad: Any,
+    x: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: Any,
+    indices: Any,
+) -> Any:
+    """Puts each gradient back to its window's first maximum; right for windows that do not overlap."""
+    stride = stride or kernel_size
+    pads = [*padding, *padding]
+    _, chosen = op.MaxPool(x, kernel_shape=kernel_size, strides=stride, pads=pads)
+    return op.MaxUnpool(grad, chosen, op.Shape(x), kernel_shape=kernel_size, strides=stride, pads=pads)
+
+
+def _pixel_unshuffle(x: Any, factor: Any) -> Any:
+    """SpaceToDepth orders its channels (offset, channel), torch (channel, offset)."""
+    _, channels, height, width = x.shape
+    blocks = op.SpaceToDepth(x, blocksize=factor)
+    if channels == 1:
+        return blocks
+    grid = [int(height) // factor, int(width) // factor]
+    apart = op.Reshape(blocks, _ints(0, factor * factor, int(channels), *grid))
+    moved = op.Transpose(apart, perm=[0, 2, 1, 3, 4])
+    return op.Reshape(moved, _ints(0, int(channels) * factor * factor, *grid))
+
+
+def _pixel_shuffle(x: Any, factor: Any) -> Any:
+    return op.DepthToSpace(x, blocksize=factor, mode="CRD")
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
     table = {key: rule for key, rule in decomposition_table.items() if "backward" in str(key)}
-    del table[aten.max_pool2d_with_indices_backward.default]
+    for key in TRANSLATIONS:
+        table.pop(key, None)
     table[aten.threshold_backward.default] = _threshold_backward
     table[aten.native_batch_norm.default] = _batch_norm
     table[aten.avg_pool2d_backward.default] = _avg_pool2d_backward
     return table
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = _own()
-
-
-def _ints(values: Sequence[int]) -> Any:
-    return op.Constant(value_ints=list(values))
-
-
-def _patches(x: Any, kernel, out, stride, padding, dilation) -> Any:  # type: ignore[no-untyped-def]
-    """im2col by strided slices: ``(N, C, *S)`` to ``(N, C, prod(kernel), *out)``."""
-    axes = list(range(2, 2 + len(kernel)))
-    if any(padding):
-        x = op.Pad(x, _ints([*padding, *padding]), None, _ints(axes))
-    columns = []
-    for offset in itertools.product(*(range(extent) for extent in kernel)):
-        start = [o * d for o, d in zip(offset, dilation, strict=True)]
-        stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, out, stride, strict=True)]
-        part = op.Slice(x, _ints(start), _ints(stop), _ints(axes), _ints(stride))
-        columns.append(op.Unsqueeze(part, _ints([2])))
-    return op.Concat(*columns, axis=2)
-
-
-def _convolution_backward(  # type: ignore[no-untyped-def]
-    grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask
-):
-    if transposed:
-        raise ExportError("transposed convolutions have no gradient here: place them behind the cut")
-    kernel, out, grid = (list(t.shape[2:]) for t in (weight, grad, x))
-    axes = len(kernel)
-    dx = dw = db = grad
-    if output_mask[0]:
-        missing = [
-            grid[i] - ((out[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1) for i in range(axes)
-        ]
-        dx = op.ConvTranspose(
-            grad, weight, dilations=dilation, group=groups, output_padding=missing, pads=[*padding, *padding], strides=stride
-        )
-    if output_mask[1]:
-        cells = math.prod(out)
-        fan_out, fan_in = weight.shape[0], weight.shape[1]
-        columns = _patches(x, kernel, out, stride, padding, dilation)
-        lead = [0] if groups == 1 else [0, groups]
-        order = [0, 2, 1] if groups == 1 else [0, 1, 3, 2]
-        left = op.Reshape(grad, _ints([*lead, fan_out // groups, cells]))
-        right = op.Reshape(columns, _ints([*lead, fan_in * math.prod(kernel), cells]))
-        product = op.MatMul(left, op.Transpose(right, perm=order))
-        dw = op.Reshape(op.ReduceSum(product, _ints([0]), keepdims=0), _ints(weight.shape))
-    if output_mask[2]:
-        db = op.ReduceSum(grad, _ints([0, *range(2, 2 + axes)]), keepdims=0)
-    return dx, dw, db
-
-
-def _max_pool_backward(grad, x, kernel_size, stride, padding, dilation, ceil_mode, indices):  # type: ignore[no-untyped-def]
-    stride = stride or kernel_size
-    _, chosen = op.MaxPool(
-        x, kernel_shape=kernel_size, strides=stride, pads=[*padding, *padding], dilations=dilation,
-        ceil_mode=int(ceil_mode),
-    )
-    return op.MaxUnpool(grad, chosen, op.Shape(x), kernel_shape=kernel_size, strides=stride, pads=[*padding, *padding])
-
-
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    aten._native_batch_norm_legit.no_stats: _batch_norm_training_alone,
+    aten._native_batch_norm_legit_functional.default: _batch_norm_training,
     aten.convolution_backward.default: _convolution_backward,
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
+    aten.pixel_shuffle.default: _pixel_shuffle,
+    aten.pixel_unshuffle.default: _pixel_unshuffle,
 }
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = _decompositions()

@@ -1,7 +1,7 @@
 """The three graphs of a bundle: forward for training, forward for inference, backward with optimizer step.
 
-All weights and statistics of the front travel as inputs (``p.*``, ``b.*``), the optimizer's state as ``s.*``; the guide
-is baked in. ``next.*`` outputs are the inputs of the following step.
+All weights and statistics of the front travel as inputs (``p.*``, ``b.*``), the optimizer's state as ``s.*``;
+the guide is baked in. ``next.*`` outputs are the inputs of the following step.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ class GraphSet:
     """Graphs and what they start from.
 
     Attributes:
-        train: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` to ``activations`` [``perturbed``,
-            ``map``, ``guide (N, K)``]; BatchNorm in training mode.
+        train: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` to ``activations``
+            [``perturbed``, ``map``, ``guide (N, K)``]; BatchNorm in training mode.
         infer: the same with ``b.*`` as inputs and BatchNorm in evaluation mode.
-        backward: ``perturbed`` [``map``] ``gradient`` ``rate ()`` ``p.*`` ``b.*`` ``s.*`` to ``next.*`` of the last three.
+        backward: ``perturbed`` [``map``] ``gradient`` ``rate ()`` ``p.*`` ``b.*`` ``s.*`` to ``next.*`` of
+            the last three.
         tensors: initial ``p.*``, ``b.*``, ``s.*`` in the graphs' order, float32.
     """
 
@@ -87,14 +88,16 @@ def build_graphs(
     """Export a front with its perturbation, its gradient and its optimizer.
 
     Args:
-        front: the layers on the device; its weights and statistics become the initial tensors. It is not changed.
+        front: the layers on the device; its weights and statistics become the initial tensors. It is not
+            changed.
         guide: the classifier that steers the perturbation; needed with ``perturbation``, ignored without.
         input_shape: of one sample, ``(C, H, W)`` or ``(C, T)``.
         perturbation: None for a profile without it.
         downsample: 1 leaves the grid, 2 moves blocks of two along each spatial axis into channels.
 
     Raises:
-        ExportError: a layer without a known gradient graph (named), a front or guide that does not take the input, a
+        ExportError: a layer without a known gradient graph (named), a front or guide that does not take the
+        input, a
             missing guide.
     """
     if perturbation is not None and guide is None:
@@ -132,7 +135,9 @@ class _Builder:
         self.front = _bare_copy(front)
         self.guide = None if guide is None or perturbation is None else copy.deepcopy(guide).eval()
         self.guide_weights = (
-            {} if self.guide is None else {name: t.detach().clone() for name, t in self.guide.state_dict().items()}
+            {}
+            if self.guide is None
+            else {name: t.detach().clone() for name, t in self.guide.state_dict().items()}
         )
         self.parameters = {name: p.detach().float().cpu() for name, p in self.front.named_parameters()}
         self.statistics = {name: b.detach().float().cpu() for name, b in self.front.named_buffers()}
@@ -196,7 +201,7 @@ class _Builder:
                 updated = {name: tensor.clone() for name, tensor in statistics.items()}
                 return functional_call(front, {**weights, **updated}, (sees,)), updated
 
-            _, pull, updated = vjp(forward, parameters, has_aux=True)
+            _, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
             (gradients,) = pull(flat[lead - 2])
             stepped, state = step(self.optimizer, parameters, gradients, state, flat[lead - 1])
             return (*stepped.values(), *updated.values(), *state.values())
@@ -219,7 +224,7 @@ class _Builder:
 
 
 def _bare_copy(front: nn.Module) -> nn.Module:
-    """A copy in training mode whose BatchNorm layers count no batches: the count changes nothing that a graph computes."""
+    """A copy in training mode whose BatchNorm layers count no batches: no graph needs the count."""
     bare = copy.deepcopy(front).float().cpu().train()
     for layer in bare.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -242,7 +247,9 @@ def initial_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
             return {}
         return {f"{name}.momentum": torch.zeros_like(tensor) for name, tensor in parameters.items()}
     state = {
-        f"{name}.{moment}": torch.zeros_like(tensor) for name, tensor in parameters.items() for moment in ("m", "v")
+        f"{name}.{moment}": torch.zeros_like(tensor)
+        for name, tensor in parameters.items()
+        for moment in ("m", "v")
     }
     state["t"] = torch.zeros(())
     return state

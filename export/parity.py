@@ -48,7 +48,9 @@ def check_parity(
     expected: dict[str, Tensor] = {}
     if perturbation is not None and guide is not None:
         given["epsilon"] = np.array(perturbation.epsilon, np.float32)
-        result = perturb(guide, x, label, normalisation=perturbation.normalisation, epsilon=perturbation.epsilon)
+        result = perturb(
+            guide, x, label, normalisation=perturbation.normalisation, epsilon=perturbation.epsilon
+        )
         seen, attack = result.perturbed.detach(), result.map.detach()
         expected = {"perturbed": seen, "map": attack, "guide": result.guide.detach()}
     worst = 0.0
@@ -77,7 +79,9 @@ def check_parity(
         given["map"] = attack.numpy()
     after = {f"next.p.{name}": value.detach() for name, value in twin.named_parameters()}
     after |= {
-        f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
+        f"next.b.{name}": value
+        for name, value in twin.named_buffers()
+        if not name.endswith("num_batches_tracked")
     }
     return max(worst, _compare("backward", graphs.backward, given, after))
 

@@ -1,7 +1,7 @@
 """A private broker for demonstrations and tests: its own process, loopback only, gone with its parent.
 
-Mosquitto where the machine has it, else amqtt: pure Python, MQTT 3.1.1 only, slower, without sessions for anonymous
-clients. Production runs a broker that its operator configures.
+Mosquitto where the machine has it, else amqtt: pure Python, MQTT 3.1.1 only, slower, and without sessions for
+anonymous clients. Production runs a broker that its operator configures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from server_sdk.errors import BrokerError
+from server_sdk.child import Child
+from server_sdk.errors import BrokerError, ServerError
 
 __all__ = ["EmbeddedBroker", "find_mosquitto", "main"]
 
@@ -35,7 +36,6 @@ _HOST = "127.0.0.1"
 _CONNECT_311 = (
     b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05probe"  # clean session, keepalive 5 s, id "probe"
 )
-_STOP_S = 2.0
 _TRIES = 5  # for a port that another process takes between choosing and binding
 
 _MOSQUITTO_CONF = """\
@@ -50,18 +50,6 @@ connection_messages false
 log_type error
 log_type warning
 log_dest stderr
-"""
-
-# Runs a program that the kernel kills with the thread that started it. No preexec_fn: the fork of a process with
-# threads must not run Python. Where there is no prctl (not Linux) only stop() ends the broker.
-_DIE_WITH_PARENT = """\
-import ctypes, os, signal, sys
-libc = ctypes.CDLL(None)
-if hasattr(libc, "prctl"):
-    libc.prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -107,8 +95,7 @@ class EmbeddedBroker:
         self._options = tuple(options)
         self._timeout_s = timeout_s
         self._directory: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._released = threading.Event()
+        self._child: Child | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -125,14 +112,14 @@ class EmbeddedBroker:
         Raises:
             BrokerError: it was not started.
         """
-        if self._process is None:
+        if self._child is None:
             raise BrokerError("the broker is not started: use it as a context manager or call start()")
-        return self._process
+        return self._child.process
 
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._process is not None and self._process.poll() is None
+        return self._child is not None and self._child.alive
 
     def start(self) -> Self:
         """Start and wait until it answers a client."""
@@ -177,43 +164,17 @@ class EmbeddedBroker:
         if self._mosquitto:
             conf = directory / "mosquitto.conf"
             lines = _MOSQUITTO_CONF.format(port=self.port, host=self.host)
+            if os.geteuid() == 0:
+                lines += "user root\n"  # a change of user would undo that the broker dies with its parent
             conf.write_text(lines + "".join(f"{line}\n" for line in self._options))
             command = [self._mosquitto, "-c", str(conf)]
         else:
             command = [sys.executable, "-m", "server_sdk.broker", "--kind", "amqtt", "--port", str(self.port)]
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        guarded = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
-
-        launched: list[subprocess.Popen[bytes] | OSError] = []
-        ready, released = threading.Event(), threading.Event()
-
-        def keep() -> None:
-            # The kernel's signal comes when this thread ends, so it lives as long as the broker.
-            try:
-                with (directory / "log").open("wb") as log:
-                    launched.append(
-                        subprocess.Popen(
-                            guarded,
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            env=environment,
-                            start_new_session=True,
-                        )
-                    )
-            except OSError as exc:
-                launched.append(exc)
-            ready.set()
-            released.wait()
-
-        threading.Thread(target=keep, name="broker-keeper", daemon=True).start()
-        ready.wait()
-        self._released = released
-        if isinstance(launched[0], OSError):
-            raise BrokerError(f"the broker cannot be started: {launched[0]}") from launched[0]
-        self._process = launched[0]
+        try:
+            with (directory / "log").open("wb") as log:
+                self._child = Child(command, stdout=log, stderr=subprocess.STDOUT)
+        except ServerError as exc:
+            raise BrokerError(str(exc)) from exc
 
     def _answers(self, *, last: bool) -> bool:
         """Wait for its CONNACK. False: it lost its port to somebody else, choose another one."""
@@ -239,18 +200,11 @@ class EmbeddedBroker:
         if self._directory is None:
             return "no output"
         lines = (self._directory / "log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no output"
+        return "; ".join(lines[-2:]) if lines else "no output"
 
     def _end(self, how: signal.Signals) -> None:
-        process = self._process
-        if process is not None and process.poll() is None:
-            process.send_signal(how)
-            try:
-                process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._released.set()
+        if self._child is not None:
+            self._child.end(how)
 
 
 def _free_port() -> int:
@@ -297,13 +251,8 @@ async def _serve_amqtt(port: int) -> None:
             "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
         }
     )
-    ended = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await broker.start()
-    await ended.wait()
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(broker.shutdown(), 1.0)
+    await asyncio.Event().wait()  # it keeps nothing, a signal may simply end it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -322,14 +271,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.ERROR)
         logging.getLogger("transitions").setLevel(logging.ERROR)
         try:
+            _require_free(options.port)
             asyncio.run(_serve_amqtt(options.port))
         except ImportError as exc:
             print(f"amqtt is not installed ({exc}): pip install 'psgl[server]'", file=sys.stderr)
-            return 1
-        except Exception as exc:
-            print(f"amqtt does not start on {_HOST}:{options.port}: {exc}", file=sys.stderr)
-            return 1
-        return 0
+        except BrokerError as exc:
+            print(exc, file=sys.stderr)
+        except KeyboardInterrupt:
+            return 0
+        return 1
     try:
         with EmbeddedBroker(options.kind, options.port) as broker:
             print(f"{broker.kind} listens on {broker.host}:{broker.port}; Ctrl-C ends it", flush=True)

@@ -142,12 +142,12 @@ def _decompose(matrix: Tensor, method: Literal["gram", "svd"], *, double: bool) 
     try:
         if method == "svd":
             vectors, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
-            floor = torch.finfo(sigma.dtype).eps
+            floor = torch.finfo(sigma.dtype).eps * matrix.shape[1]
         else:
             wide = matrix.double() if double else matrix
             values, vectors = torch.linalg.eigh(wide @ wide.mT)
             sigma = values.clamp_min(0.0).sqrt()
-            floor = math.sqrt(torch.finfo(sigma.dtype).eps)
+            floor = math.sqrt(torch.finfo(sigma.dtype).eps * matrix.shape[1])
     except RuntimeError as exc:
         raise ServerError(f"the activations were not decomposed ({exc}): use method='svd'") from exc
     return vectors, torch.maximum(sigma, floor * sigma.amax(dim=1, keepdim=True))

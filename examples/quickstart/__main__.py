@@ -83,6 +83,7 @@ def _demo(arguments: argparse.Namespace) -> int:
                 batch=min(arguments.batch, *(len(train) for train, _ in division.shards)),
                 evaluate_every=max(arguments.rounds // 9, 1),
                 seed=arguments.seed,
+                shift=max(round(0.07 * min(dataset.input_shape[1:])), 1),
                 threads=1,
                 measure_clean=profile == "paper",
             )

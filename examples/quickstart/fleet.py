@@ -31,6 +31,7 @@ class RunOptions:
         shards: one data file for each device.
         rounds, batch, evaluate_every: as in ``psgl-server train``.
         seed: order of the batches.
+        shift: augmentation on the devices, in pixels.
         threads: of the server.
         measure_clean: evaluate unperturbed inputs at the end.
     """
@@ -42,6 +43,7 @@ class RunOptions:
     batch: int
     evaluate_every: int
     seed: int
+    shift: int
     threads: int
     measure_clean: bool
 
@@ -106,7 +108,7 @@ def run_fleet(options: RunOptions, broker: EmbeddedBroker, run: FleetRun) -> Ite
                 "edge_sdk.cli",
                 [
                     *("run", str(options.bundle), "--data", str(shard), "--device", name),
-                    *("--seed", str(options.seed), "--json"),
+                    *("--seed", str(options.seed), "--shift", str(options.shift), "--json"),
                     *("--save-front", str(folder / f"{name}.front.cbor"), "--report", str(folder / f"{name}.json")),
                     *(["--measure-clean"] if options.measure_clean else []),
                 ],

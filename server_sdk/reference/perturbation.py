@@ -85,6 +85,8 @@ def space_to_depth(x: Tensor, factor: int = 2) -> Tensor:
             f"input grid {tuple(grid)} is not a multiple of {factor}: pad or crop the sensor's batch"
         )
     axes = len(grid)
+    if axes == 2:
+        return torch.nn.functional.pixel_unshuffle(x, factor)
     split = [batch, channels]
     for extent in grid:
         split += [extent // factor, factor]

@@ -1,7 +1,7 @@
 """What a profile switches on, on the device and on the server; a bundle names its profile.
 
-``hardened`` (a frozen front with a small, bounded, noisy code) will stand beside these two as another entry with
-its own front; nothing else here asks for a profile by name.
+``hardened`` (a frozen front with a small, bounded, noisy code) will stand beside these two as another entry
+with its own front; nothing else here asks for a profile by name.
 """
 
 from __future__ import annotations
@@ -65,9 +65,13 @@ class ServerPart:
                 base_weights={str(name): float(weight) for name, weight in part["base_weights"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise ModelError(f"the bundle does not say how to train its back ({exc}): export it again") from exc
+            raise ModelError(
+                f"the bundle does not say how to train its back ({exc}): export it again"
+            ) from exc
         if found.gradient_from not in ("fused", "all") or not set(found.streams) <= set(STREAMS):
-            raise ModelError("the bundle names streams that this server does not have: upgrade psgl or export it again")
+            raise ModelError(
+                "the bundle names streams that this server does not have: upgrade psgl or export it again"
+            )
         return found
 
 
@@ -89,6 +93,10 @@ class Profile:
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "vanilla": Profile(None, ("attacked",), "plain split learning, the baseline of every table"),
-        "paper": Profile(Perturbation("sign", 0.2), STREAMS, "reversed JSMA on the device, recovery and fusion on the server"),
+        "paper": Profile(
+            Perturbation("sign", 0.2),
+            STREAMS,
+            "reversed JSMA on the device, recovery and fusion on the server",
+        ),
     }
 )

@@ -76,6 +76,23 @@ def test_float32_stays_close_to_float64(threshold: float, method: str) -> None:
     assert error < 1e-6 * scale
 
 
+@pytest.mark.parametrize("threshold", [1e-5, 1e-3, 0.01, 0.04])
+def test_float32_resolves_small_singular_values(threshold: float) -> None:
+    u, _ = torch.linalg.qr(drawn(16, 16))
+    v, _ = torch.linalg.qr(drawn(40, 16, seed=1))
+    sigma = torch.logspace(0, -6, 16, dtype=torch.float64)
+    activations = ((u * sigma) @ v.mT).float().reshape(1, 16, 8, 5)
+    found = recover(activations, threshold=threshold)
+    assert (found.trace - reference(activations, threshold)).abs().max().item() < 2e-7
+
+
+def test_directions_that_rounding_cannot_tell_from_zero_are_treated_alike() -> None:
+    weights = torch.zeros(1, 4, 3, 3, dtype=torch.float64)
+    weights[0, 0], weights[0, 1] = 2.0, -1.0  # at right angles to the only singular vector, (1, 2, 3, 4)
+    pulled = gradient(rank_one().double(), weights, threshold=1e-9)
+    torch.testing.assert_close(pulled, weights * pulled[0, 0, 0, 0] / 2.0, atol=1e-5, rtol=0)
+
+
 def test_singular_values_of_the_recovered_are_clipped() -> None:
     activations = drawn(3, 5, 4, 4)
     sigma = torch.linalg.svdvals(activations.flatten(2))
@@ -138,9 +155,11 @@ def test_memory_format_is_kept_and_changes_nothing(shape: tuple[int, ...]) -> No
         assert found.recovered.stride() == other.stride()
 
 
-def gradient(activations: Tensor, weights: Tensor, method: str = "gram") -> Tensor:
+def gradient(activations: Tensor, weights: Tensor, method: str = "gram", threshold: float = 0.1) -> Tensor:
     leaf = activations.clone().requires_grad_()
-    (pulled,) = torch.autograd.grad((recover(leaf, method=method).recovered * weights).sum(), leaf)
+    (pulled,) = torch.autograd.grad(
+        (recover(leaf, method=method, threshold=threshold).recovered * weights).sum(), leaf
+    )
     return pulled
 
 
@@ -190,7 +209,7 @@ def rank_one() -> Tensor:
         torch.ones(1, 6, 2),
         torch.full((1, 3, 2, 2), 1e-45),
         drawn(2, 4, 3, 3, dtype=torch.float32) * 1e-38,
-        drawn(2, 4, 3, 3, dtype=torch.float32) * 1e37,
+        drawn(2, 16, 6, 6, dtype=torch.float32).sign() * 3e38,
         torch.cat([repeated() * 1e36, repeated() * 0.0, repeated() * 1e-36]),
     ],
     ids=["zero", "zero-tall", "rank-one", "repeated", "constant", "subnormal", "tiny", "huge", "mixed"],

@@ -334,8 +334,9 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ServerError, match=remedy):
             trainer.step(wrong, labels)
-        with pytest.raises(ServerError, match=remedy):
-            trainer.decide(wrong)
+        for names in (STREAMS, ("attacked",)):
+            with pytest.raises(ServerError, match=remedy):
+                Trainer(streams(names), cut=CUT).decide(wrong)
     for bad, remedy in (
         (labels[:-1], r"send int64 \(8,\)"),
         (labels.astype(np.float32), r"send int64 \(8,\)"),

@@ -1,0 +1,70 @@
+"""Small real things that many tests share: samples, a guide, one bundle of each profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edge_sdk.batch import Samples
+from edge_sdk.bundle import Bundle, load_bundle
+from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+from server_sdk.assembly import back_path, trainer_from
+from server_sdk.reference.guide import Guide
+from server_sdk.trainer import Trainer
+
+SHAPE = (1, 8, 8)
+CLASSES = 3
+
+
+def draw_samples(count: int, seed: int) -> Samples:
+    """Noisy images of three easily told patterns: rows, columns, a square."""
+    generator = np.random.default_rng(seed)
+    patterns = np.zeros((CLASSES, 8, 8))
+    patterns[0, ::2], patterns[1, :, ::2], patterns[2, 2:6, 2:6] = 0.8, 0.8, 0.8
+    y = np.arange(count) % CLASSES
+    x = np.clip(patterns[y] + generator.normal(0, 0.15, (count, 8, 8)), 0, 1)
+    return Samples((255 * x[:, None]).astype(np.uint8), y.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle file with what a test wants of it."""
+
+    path: Path
+    bundle: Bundle
+
+    def trainer(self, rounds: int = 20) -> Trainer:
+        """A new trainer from the weights beside the bundle."""
+        return trainer_from(self.bundle, back_path(self.path), rounds=rounds)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def samples() -> Callable[[int, int], Samples]:
+    return draw_samples
+
+
+@pytest.fixture(scope="session")
+def guide() -> Guide:
+    return prepare_guide(draw_samples(60, 99), CLASSES, seed=0, epochs=6)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, guide: Guide) -> dict[str, Built]:
+    """One bundle of each profile, by the profile's name."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made = {}
+    for profile in ("vanilla", "paper"):
+        path = folder / f"{profile}.psgl"
+        build_bundle(path, BuildOptions(profile, SHAPE, class_names(CLASSES)), guide)
+        made[profile] = Built(path, load_bundle(path))
+    return made

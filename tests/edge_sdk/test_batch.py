@@ -1,0 +1,159 @@
+"""Sensor arrays and data files: what is taken, what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from edge_sdk.batch import Samples, as_batch, as_labels, batches, load_dataset
+from edge_sdk.errors import BatchError
+
+SHAPE = (1, 4, 4)
+
+
+def test_integers_are_scaled_by_their_range() -> None:
+    batch = as_batch(np.full((2, 1, 4, 4), 255, np.uint8), SHAPE, max_batch=4)
+    assert batch.dtype == np.float32 and (batch == 1.0).all()
+    assert (as_batch(np.full((1, 1, 4, 4), 65535, np.uint16), SHAPE, max_batch=4) == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.zeros((2, 4, 4)), "Nx1x4x4, this one is 2x4x4"),
+        (np.zeros((0, 1, 4, 4)), "this one has 0"),
+        (np.zeros((5, 1, 4, 4)), "1 to 4 samples"),
+        (np.full((1, 1, 4, 4), np.nan), "NaN"),
+        (np.full((1, 1, 4, 4), np.inf), "infinite"),
+        (np.full((1, 1, 4, 4), 1.5), "scale them"),
+        (np.full((1, 1, 4, 4), -0.1), "scale them"),
+        (np.zeros((1, 1, 4, 4), np.int64), "int64"),
+        (np.array([["a"]]), "Nx1x4x4"),
+        (3.0, "a scalar"),
+    ],
+)
+def test_a_wrong_batch_is_refused_with_the_remedy(x: Any, words: str) -> None:
+    with pytest.raises(BatchError, match=words):
+        as_batch(x, SHAPE, max_batch=4)
+
+
+@given(hnp.arrays(np.float32, (2, 1, 4, 4), elements=st.floats(-2, 2, width=32) | st.just(np.float32("nan"))))
+def test_what_passes_lies_in_the_range(x: np.ndarray[Any, Any]) -> None:
+    try:
+        batch = as_batch(x, SHAPE, max_batch=4)
+    except BatchError:
+        assert not ((x >= 0) & (x <= 1)).all()
+    else:
+        assert ((batch >= 0) & (batch <= 1)).all()
+
+
+@pytest.mark.parametrize("y", [[0, 3], [-1, 0], [0.0, 1.0], [0], [[0], [1]]])
+def test_wrong_labels_are_refused(y: Any) -> None:
+    with pytest.raises(BatchError):
+        as_labels(y, 2, 3)
+
+
+def test_batches_depend_on_seed_and_device_alone_and_cover_everything() -> None:
+    samples = Samples(np.arange(10), np.arange(10))
+
+    def draw(seed: int, device: str, count: int = 5) -> list[list[int]]:
+        order = batches(samples, 4, seed=seed, device=device)
+        return [next(order).y.tolist() for _ in range(count)]
+
+    assert draw(1, "a") == draw(1, "a")
+    assert draw(1, "a") != draw(1, "b") and draw(1, "a") != draw(2, "a")
+    assert sorted(sum(draw(1, "a"), [])) == sorted(2 * list(range(10))), "two whole passes in five batches of four"
+
+
+def test_shifts_move_whole_images_and_repeat_their_border() -> None:
+    images = np.zeros((40, 1, 8, 8), np.uint8)
+    images[:, :, 3, 4] = 9
+    moved = next(batches(Samples(images, np.arange(40)), 40, seed=0, device="a", shift=2)).x
+    places = {tuple(np.argwhere(image[0] == 9)[0]) for image in moved}
+    assert len(places) > 10 and all(abs(r - 3) <= 2 and abs(c - 4) <= 2 for r, c in places)
+    bordered = np.arange(8, dtype=np.uint8)[None, None, None].repeat(8, 2)
+    again = next(batches(Samples(bordered, np.zeros(1, int)), 1, seed=3, device="a", shift=3)).x
+    assert set(np.unique(again)) <= set(range(8)) and again.shape == bordered.shape
+
+
+def write(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    made: dict[str, Any] = {
+        "x_train": generator.integers(0, 256, (6, 8, 8), dtype=np.uint8),
+        "y_train": np.arange(6) % 2,
+        "x_test": generator.integers(0, 256, (4, 8, 8), dtype=np.uint8),
+        "y_test": np.arange(4) % 2,
+    }
+    return {name: value for name, value in (made | changes).items() if value is not None}
+
+
+def test_images_of_every_layout_are_read(tmp_path: Path) -> None:
+    grey = load_dataset(write(tmp_path / "grey.npz", **arrays()))
+    assert grey.input_shape == (1, 8, 8) and grey.classes == 2 and grey.notes == ()
+    colour = arrays(x_train=np.zeros((6, 8, 8, 3), np.uint8), x_test=np.zeros((4, 8, 8, 3), np.uint8))
+    assert load_dataset(write(tmp_path / "colour.npz", **colour)).input_shape == (3, 8, 8)
+    medmnist = {
+        "train_images": arrays()["x_train"],
+        "train_labels": arrays()["y_train"][:, None],
+        "test_images": arrays()["x_test"],
+        "test_labels": arrays()["y_test"][:, None],
+    }
+    assert load_dataset(write(tmp_path / "med.npz", **medmnist)).train.y.shape == (6,)
+
+
+def test_odd_sizes_are_padded_and_said_so(tmp_path: Path) -> None:
+    odd = arrays(x_train=np.full((6, 9, 8), 7, np.uint8), x_test=np.full((4, 9, 8), 7, np.uint8))
+    data = load_dataset(write(tmp_path / "odd.npz", **odd))
+    assert data.input_shape == (1, 10, 8)
+    assert "9x8 were padded with zeros to 10x8" in data.notes[0]
+    assert (data.train.x[:, :, 9] == 0).all() and (data.train.x[:, :, :9] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"y_test": None}, "it needs x_train, y_train, x_test, y_test"),
+        ({"x_train": np.full((6, 8, 8), np.nan)}, "NaN"),
+        ({"x_train": np.full((6, 8, 8), 200.0)}, "divide them"),
+        ({"y_train": np.zeros(6, int)}, "single class"),
+        ({"y_train": np.array([0, 1, 2, 5, 5, 5])}, "without gaps"),
+        ({"y_train": np.array([1, 2, 1, 2, 1, 2])}, "relabel"),
+        ({"y_test": np.array([0, 1, 2, 7])}, "test labels go from 0 to 7"),
+        ({"y_test": np.array([0, -1, 0, 1])}, "relabel"),
+        ({"y_train": np.array([0, 1, np.nan, 0, 1, 0])}, "integers"),
+        ({"y_train": np.zeros(5, int)}, "labels of shape"),
+        ({"x_train": np.zeros((6, 4, 4), np.uint8)}, "8x8"),
+        ({"x_train": np.zeros((6, 8, 10), np.uint8)}, "must agree"),
+        ({"y_train": np.array([{}, 1, 0, 1, 0, 1], object)}, "plain arrays"),
+    ],
+)
+def test_a_bad_file_gives_one_clear_line(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(BatchError, match=words) as caught:
+        load_dataset(write(tmp_path / "bad.npz", **arrays(**changes)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"no zip at all", None])
+def test_a_damaged_or_missing_file(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "data.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BatchError, match=r"no data file|readable"):
+        load_dataset(path)
+
+
+def test_a_single_array_is_not_a_data_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(BatchError, match="single array"):
+        load_dataset(tmp_path / "one.npy")

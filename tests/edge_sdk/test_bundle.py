@@ -1,0 +1,133 @@
+"""A bundle is data that is checked to the last byte before it is used."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_sdk.bundle import MANIFEST, load_bundle, write_bundle
+from edge_sdk.errors import BundleError
+
+Rewrite = Callable[[dict[str, bytes]], None]
+
+
+def rewritten(path: Path, out: Path, change: Rewrite) -> Path:
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    change(files)
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out
+
+
+def manifest(**changes: Any) -> Rewrite:
+    def change(files: dict[str, bytes]) -> None:
+        files[MANIFEST] = json.dumps({**json.loads(files[MANIFEST]), **changes}).encode()
+
+    return change
+
+
+def test_a_bundle_comes_back_as_it_was_written(built: dict[str, Any], tmp_path: Path) -> None:
+    paper = built["paper"].bundle
+    assert paper.manifest.profile == "paper" and paper.manifest.input_shape == (1, 8, 8)
+    assert paper.manifest.normalisation == "sign" and paper.manifest.epsilon == 0.2
+    assert set(paper.graphs) == {"train", "infer", "backward"}
+    with zipfile.ZipFile(built["paper"].path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist() if name != MANIFEST}
+    again = write_bundle(tmp_path / "again.psgl", paper.manifest, files)
+    assert again == paper.id, "equal bundles have equal ids"
+    assert (tmp_path / "again.psgl").read_bytes() == built["paper"].path.read_bytes()
+
+
+def test_cut_off_anywhere(built: dict[str, Any], tmp_path: Path) -> None:
+    data = built["vanilla"].path.read_bytes()
+    for share in (0.0, 0.01, 0.5, 0.9, 0.999):
+        cut = tmp_path / "cut.psgl"
+        cut.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(BundleError, match="whole bundle"):
+            load_bundle(cut)
+
+
+def test_every_changed_byte_is_found(built: dict[str, Any], tmp_path: Path) -> None:
+    original = built["vanilla"].path.read_bytes()
+    reference = load_bundle(built["vanilla"].path)
+    changed = tmp_path / "changed.psgl"
+    for position in range(0, len(original), max(1, len(original) // 150)):
+        changed.write_bytes(original[:position] + bytes([original[position] ^ 0x10]) + original[position + 1 :])
+        try:
+            loaded = load_bundle(changed)
+        except BundleError:
+            continue
+        # Some bytes of a zip mean nothing (dates, attributes); what is read must then be the same.
+        assert loaded.id == reference.id and loaded.graphs == reference.graphs
+
+
+def drop_graph(files: dict[str, bytes]) -> None:
+    del files["infer.onnx"]
+
+
+def add_stranger(files: dict[str, bytes]) -> None:
+    files["extra.onnx"] = b"?"
+
+
+def escape(files: dict[str, bytes]) -> None:
+    files["../escape"] = b"?"
+
+
+def change_graph(files: dict[str, bytes]) -> None:
+    files["train.onnx"] = files["train.onnx"][:-1] + b"?"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop_graph, "files that its manifest names"),
+        (add_stranger, "files that its manifest names"),
+        (escape, "do not use it"),
+        (change_graph, "changed after export"),
+        (manifest(version=2), "version 2, this SDK reads version 1"),
+        (manifest(format="else"), "not a bundle"),
+        (manifest(classes=["only"]), "two classes"),
+        (manifest(input_shape=[0, 8, 8]), "incomplete"),
+        (manifest(input_shape="1x8x8"), "incomplete"),
+        (manifest(learning_rate=float("nan")), "incomplete"),
+        (manifest(max_batch=True), "incomplete"),
+        (lambda files: files.pop(MANIFEST), "needs one manifest.json"),
+        (lambda files: files.update({MANIFEST: b"[" * 100_000}), "not JSON"),
+    ],
+)
+def test_a_bundle_that_must_not_be_used(
+    built: dict[str, Any], tmp_path: Path, change: Rewrite, words: str
+) -> None:
+    with pytest.raises(BundleError, match=words):
+        load_bundle(rewritten(built["vanilla"].path, tmp_path / "bad.psgl", change))
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(built: dict[str, Any], tmp_path: Path) -> None:
+    def bomb(files: dict[str, bytes]) -> None:
+        files[MANIFEST] = b" " * (2 << 20)
+
+    with pytest.raises(BundleError, match="the limit is"):
+        load_bundle(rewritten(built["vanilla"].path, tmp_path / "bomb.psgl", bomb))
+
+
+def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="psgl-export build"):
+        load_bundle(tmp_path / "none.psgl")
+    with pytest.raises(BundleError, match="cannot be read"):
+        load_bundle(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_bundle(built: dict[str, Any], tmp_path: Path) -> None:
+    target = tmp_path / "net.psgl"
+    target.write_bytes(built["vanilla"].path.read_bytes())
+    with pytest.raises(BundleError, match=r"needs train\.onnx"):
+        write_bundle(target, built["vanilla"].bundle.manifest, {})
+    assert load_bundle(target).id == built["vanilla"].bundle.id
+    assert list(tmp_path.iterdir()) == [target]

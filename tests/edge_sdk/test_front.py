@@ -1,0 +1,75 @@
+"""The front as stock onnxruntime sessions: a pure function of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_sdk.batch import Samples, as_batch
+from edge_sdk.errors import BatchError, BundleError
+from edge_sdk.front import Front
+
+Draw = Callable[[int, int], Samples]
+
+
+def batch(samples: Draw, count: int = 6) -> Any:
+    return as_batch(samples(count, 1).x, (1, 8, 8), max_batch=count)
+
+
+def test_the_perturbation_stays_in_its_budget_and_zero_switches_it_off(built: dict[str, Any], samples: Draw) -> None:
+    front = Front(built["paper"].bundle)
+    x = batch(samples)
+    forward = front.forward(front.initial_state(), x, None, training=False)
+    assert forward.map is not None and forward.guide is not None
+    assert set(np.unique(forward.map)) <= {np.float32(0), np.float32(0.2)} and forward.map.any()
+    assert np.abs(forward.perturbed - x).max() <= 0.2 + 1e-6
+    off = front.forward(front.initial_state(), x, None, training=False, epsilon=0.0)
+    assert np.array_equal(off.perturbed, x) and off.unperturbed == len(x)
+
+
+def test_vanilla_sends_the_input_as_it_is(built: dict[str, Any], samples: Draw) -> None:
+    front = Front(built["vanilla"].bundle)
+    x = batch(samples)
+    forward = front.forward(front.initial_state(), x, None, training=True)
+    assert forward.perturbed is x and forward.map is None and forward.guide is None and forward.unperturbed == len(x)
+
+
+@pytest.mark.parametrize("profile", ["vanilla", "paper"])
+def test_backward_returns_a_new_state_and_leaves_the_old(profile: str, built: dict[str, Any], samples: Draw) -> None:
+    front = Front(built[profile].bundle)
+    before = front.initial_state()
+    kept = {name: value.copy() for name, value in before.tensors.items()}
+    forward = front.forward(before, batch(samples), None, training=True)
+    gradient = np.random.default_rng(0).normal(size=forward.activations.shape).astype(np.float32)
+    after = front.backward(before, forward.perturbed, forward.map, gradient, rate=0.01)
+    assert after.version == 1 and set(after.tensors) == set(before.tensors)
+    assert all(np.array_equal(before.tensors[name], value) for name, value in kept.items())
+    changed = {name for name, value in after.tensors.items() if not np.array_equal(value, kept[name])}
+    assert {name for name in kept if name[:2] in ("p.", "b.")} <= changed
+    again = front.backward(before, forward.perturbed, forward.map, gradient, rate=0.01)
+    assert all(np.array_equal(again.tensors[name], value) for name, value in after.tensors.items())
+
+
+def test_an_exploding_step_is_refused(built: dict[str, Any], samples: Draw) -> None:
+    front = Front(built["vanilla"].bundle)
+    state = front.initial_state()
+    forward = front.forward(state, batch(samples), None, training=True)
+    with pytest.raises(BatchError, match="learning rate"):
+        front.backward(state, forward.perturbed, None, np.full_like(forward.activations, 1e30), rate=1e38)
+
+
+def test_onnxruntime_never_leaks(built: dict[str, Any], samples: Draw) -> None:
+    bundle = built["vanilla"].bundle
+    with pytest.raises(BundleError, match="cannot run the bundle's 'train' graph"):
+        Front(replace(bundle, graphs={**bundle.graphs, "train": b"no graph"}))
+    front = Front(bundle)
+    with pytest.raises(BatchError, match="refused its input"):
+        front.forward(front.initial_state(), np.zeros((1, 2, 8, 8), np.float32), None, training=True)
+    lacking = dict(bundle.initial)
+    lacking.popitem()
+    with pytest.raises(BundleError, match="does not hold"):
+        Front(replace(bundle, initial=lacking))

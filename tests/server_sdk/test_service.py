@@ -1,0 +1,241 @@
+"""The whole run in one process over the in-memory broker: devices in threads, the service in another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_sdk import topics
+from edge_sdk.batch import Samples
+from edge_sdk.client import EdgeClient
+from edge_sdk.errors import RefusedError, TransportError
+from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
+from edge_sdk.training import follow
+from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
+from server_sdk.errors import ServerError
+from server_sdk.service import TrainingPlan, TrainingService
+
+Draw = Callable[[int, int], Samples]
+
+
+@dataclass
+class Run:
+    """What a finished run left."""
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    weights: dict[str, Any] = field(default_factory=dict)
+    fronts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: list[Exception] = field(default_factory=list)
+    rejected: dict[str, int] = field(default_factory=dict)
+
+
+def train(built: Any, samples: Draw, plan: TrainingPlan, *, seed: int = 0, foe: Callable[[MemoryBroker], None] | None = None) -> Run:
+    broker, run = MemoryBroker(), Run()
+    trainer = built.trainer(plan.rounds)
+    service = TrainingService(built.bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward", on_event=run.events.append)
+
+    def serve() -> None:
+        try:
+            run.figures = service.run()
+        except Exception as exc:
+            run.errors.append(exc)
+
+    def device(number: int) -> None:
+        client = EdgeClient(built.bundle, MemoryTransport(broker, f"d{number}"), device=f"d{number}", fleet="ward", resend_s=0.5)
+        try:
+            with client:
+                follow(client, samples(30, number), samples(9, 50 + number), seed=seed, measure_clean=True)
+            run.fronts[f"d{number}"] = dict(client.front.tensors)
+        except Exception as exc:
+            run.errors.append(exc)
+
+    threads = [threading.Thread(target=serve)]
+    threads += [threading.Thread(target=device, args=(number,)) for number in range(plan.devices)]
+    for thread in threads:
+        thread.start()
+    if foe is not None:
+        foe(broker)
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    run.weights = trainer.state_dict()
+    run.rejected = dict(service.rejected)
+    return run
+
+
+PLAN = TrainingPlan(devices=2, rounds=12, batch=6, evaluate_every=5, idle_s=20)
+
+
+@pytest.mark.parametrize("profile", ["vanilla", "paper"])
+def test_a_run_learns_and_accounts_for_every_step(profile: str, built: dict[str, Any], samples: Draw) -> None:
+    run = train(built[profile], samples, PLAN)
+    assert run.errors == []
+    rounds = [event for event in run.events if event["event"] == "round"]
+    assert [event["round"] for event in rounds] == list(range(1, 13))
+    assert all(event["devices"] == ["d0", "d1"] for event in rounds)
+    assert rounds[-1]["loss"] < 0.6 * rounds[0]["loss"]
+    evaluations = [event["round"] for event in run.events if event["event"] == "evaluation"]
+    assert evaluations == [5, 10, 12]
+    final = run.figures["evaluation"]
+    assert run.figures["rounds"] == 12 and run.figures["steps"] == 24 and final["samples"] == 18
+    assert run.figures["devices"] == ["d0", "d1"] and run.figures["bytes_per_sample"] > 0
+    streams = {"vanilla": {"attacked"}, "paper": {"attacked", "recovered", "fused"}}
+    assert set(final["streams"]) == streams[profile]
+    assert ("guide_accuracy" in final) == (profile == "paper")
+
+
+def test_the_same_seed_gives_the_same_bits_on_server_and_devices(built: dict[str, Any], samples: Draw) -> None:
+    first, second = train(built["paper"], samples, PLAN), train(built["paper"], samples, PLAN)
+    assert all(np.array_equal(value, second.weights[name]) for name, value in first.weights.items())
+    for device, tensors in first.fronts.items():
+        assert all(np.array_equal(value, second.fronts[device][name]) for name, value in tensors.items())
+    other = train(built["paper"], samples, PLAN, seed=1)
+    assert not np.array_equal(first.fronts["d0"]["p.conv1.weight"], other.fronts["d0"]["p.conv1.weight"])
+    assert not np.array_equal(first.fronts["d0"]["p.conv1.weight"], first.fronts["d1"]["p.conv1.weight"])
+
+
+def test_hostile_bytes_change_nothing(built: dict[str, Any], samples: Draw) -> None:
+    def foe(broker: MemoryBroker) -> None:
+        transport = MemoryTransport(broker, "foe")
+        transport.open(None)
+        for payload in (b"", b"\xff" * 64, b"\x9f" * 500, b"\xbb" + b"\xff" * 8):
+            for topic in (topics.up_step("ward", "d0"), topics.up_state("ward", "d1"), topics.up_step("ward", "x")):
+                transport.publish(topic, payload)
+        wrong = {"activations": np.zeros((2, 3), np.float32), "labels": np.zeros(2, np.int64)}
+        (frame,) = encode(Message("train", "no such run", "s", 1, {"front": 0}, wrong))
+        transport.publish(topics.up_step("ward", "x"), frame)
+        lying = {"manifest": "m", "status": "training", "evaluation": {"samples": -1}}
+        (frame,) = encode(Message("state", "", "s", 0, lying, {}))
+        transport.publish(topics.up_state("ward", "x"), frame)
+        transport.close()
+
+    quiet, attacked = train(built["vanilla"], samples, PLAN), train(built["vanilla"], samples, PLAN, foe=foe)
+    assert attacked.errors == []
+    assert sum(attacked.rejected.values()) >= 12 and attacked.rejected["run"] == 1 and attacked.rejected["schema"] >= 1
+    assert all(np.array_equal(value, attacked.weights[name]) for name, value in quiet.weights.items())
+
+
+class Device:
+    """A hand-driven device: sends what it is told and collects replies."""
+
+    def __init__(self, broker: MemoryBroker, built: Any, name: str = "d0") -> None:
+        self.built, self.name = built, name
+        self.transport = MemoryTransport(broker, name)
+        self.transport.open(None)
+        self.transport.subscribe(topics.down_step("ward", name))
+        self.transport.subscribe(topics.down_model("ward"))
+        self.run = self.receive().run
+        self.tell("online")
+
+    def tell(self, status: str, manifest: str | None = None) -> None:
+        fields = {"manifest": manifest or self.built.bundle.id, "status": status}
+        (frame,) = encode(Message("state", "", "s", 0, fields, {}))
+        self.transport.publish(topics.up_state("ward", self.name), frame, retain=True)
+
+    def send(self, step: int, kind: str = "train", value: float = 0.5) -> None:
+        tensors: dict[str, Any] = {"activations": np.full((3, *self.built.bundle.manifest.cut_shape), value, np.float32)}
+        if kind == "train":
+            tensors["labels"] = np.arange(3, dtype=np.int64)
+        for frame in encode(Message(kind, self.run, "s", step, {"front": 0}, tensors)):
+            self.transport.publish(topics.up_step("ward", self.name), frame)
+
+    def receive(self, timeout_s: float = 10.0) -> Message:
+        assembler = Assembler(Limits())
+        while True:
+            received = self.transport.receive(timeout_s)
+            assert received is not None, "no reply"
+            received.acknowledge()
+            message = assembler.add(decode_frame(received.payload, Limits()))
+            if message is not None and not (message.kind == "model" and hasattr(self, "run")):
+                return message
+
+
+@pytest.fixture
+def served(built: dict[str, Any]) -> Any:
+    """A service of one device and two rounds, and that device."""
+    broker = MemoryBroker()
+    trainer = built["vanilla"].trainer(2)
+    plan = TrainingPlan(devices=1, rounds=2, batch=3, idle_s=20)
+    service = TrainingService(built["vanilla"].bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward")
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    device = Device(broker, built["vanilla"])
+    yield device, trainer
+    for step in (101, 102):
+        device.send(step)
+        device.receive()
+    device.tell("done")
+    thread.join(20)
+    assert not thread.is_alive()
+    device.transport.close()
+
+
+def test_a_repeated_step_gets_the_same_reply_and_is_trained_once(served: Any) -> None:
+    device, trainer = served
+    device.send(1)
+    first = device.receive()
+    device.send(1)
+    second = device.receive()
+    assert first.kind == "gradient" and first == second
+    assert trainer.round == 1
+    device.send(2, "infer")
+    assert device.receive().kind == "decision"
+    assert trainer.round == 1
+
+
+def test_a_refused_step_leaves_the_run_going(served: Any) -> None:
+    device, trainer = served
+    device.send(1, value=1e9)
+    refused = device.receive()
+    assert refused.kind == "refused" and refused.fields["reason"] == "range"
+    device.tell("online", manifest="another bundle")
+    device.send(2)
+    assert device.receive().fields["reason"] == "bundle"
+    device.tell("online")
+    assert trainer.round == 0
+    device.send(3)
+    assert device.receive().kind == "gradient"
+
+
+def test_steps_after_the_last_round_are_told_so(served: Any) -> None:
+    device, trainer = served
+    for step in (1, 2):
+        device.send(step)
+        assert device.receive().kind == "gradient"
+    device.send(3)
+    assert device.receive().fields["reason"] == "finished"
+    assert trainer.round == 2
+
+
+def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> None:
+    plan = TrainingPlan(devices=2, rounds=2, idle_s=0.2)
+    service = TrainingService(built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(MemoryBroker(), "s"), plan)
+    with pytest.raises(ServerError, match="start psgl-edge run on 2 devices"):
+        service.run()
+
+
+def test_a_device_learns_that_its_run_ended(built: dict[str, Any], samples: Draw) -> None:
+    broker, batch = MemoryBroker(), samples(6, 1)
+    plan = TrainingPlan(devices=2, rounds=2, idle_s=0.5, deadline_s=0.1)
+    service = TrainingService(built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(broker, "s"), plan, fleet="ward")
+    errors: list[Exception] = []
+
+    def serve() -> None:
+        try:
+            service.run()
+        except ServerError as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    client = EdgeClient(built["vanilla"].bundle, MemoryTransport(broker, "d0"), device="d0", fleet="ward", resend_s=30)
+    with client, pytest.raises((RefusedError, TransportError), match="ended run"):
+        client.train_step(batch.x, batch.y)
+    thread.join(20)
+    assert errors, "the second device never came"

@@ -1,0 +1,56 @@
+"""The import chain edge_sdk <- server_sdk <- export: what each package may import, and what it really loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FORBIDDEN = {
+    "edge_sdk": {"torch", "onnx", "onnxscript", "safetensors", "rich", "amqtt", "server_sdk", "export", "examples"},
+    "server_sdk": {"export", "examples", "onnx", "onnxscript"},
+    "export": {"examples"},
+}
+EDGE_MAY = {"numpy", "onnxruntime", "paho", "cbor2", "edge_sdk"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level names of everything that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            yield (node.module or "").partition(".")[0]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_imports_only_what_stands_left_of_it(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not set(imported(path)) & FORBIDDEN[package], path
+
+
+def test_the_edge_imports_nothing_beyond_its_dependencies() -> None:
+    for path in (ROOT / "edge_sdk").rglob("*.py"):
+        strangers = set(imported(path)) - EDGE_MAY - set(sys.stdlib_module_names)
+        assert not strangers, f"{path} imports {strangers}"
+
+
+def test_only_the_transport_imports_paho() -> None:
+    users = {path.name for path in (ROOT / "edge_sdk").rglob("*.py") if "paho" in set(imported(path))}
+    assert users <= {"paho_transport.py", "mqtt_link.py"}, users
+
+
+def test_a_fresh_process_loads_neither_torch_nor_onnx_for_the_edge() -> None:
+    modules = sorted(f"edge_sdk.{path.stem}" for path in (ROOT / "edge_sdk").glob("[!_]*.py"))
+    code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    code += "bad = {'torch', 'onnx', 'onnxscript', 'server_sdk', 'export'} & set(sys.modules)\nsys.exit(','.join(bad))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
