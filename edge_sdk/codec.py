@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import cbor2
 import numpy as np
@@ -28,7 +29,7 @@ __all__ = [
     "unpack_tensors",
 ]
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 CODECS = ("float16", "float32")
 

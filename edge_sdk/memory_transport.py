@@ -1,4 +1,4 @@
-"""A broker without a network, for tests and simulation: MQTT 3.1.1 with persistent sessions, as transports see it."""
+"""A broker without a network, for tests and simulation: what MQTT 3.1.1 with persistent sessions does."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from edge_sdk.limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["KINDS", "Kind", "Message", "TensorRule", "check_identity", "check_message", "check_names"]
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 _MAX_STEP = 2**63 - 1
 _MAX_ID = 128  # characters of a run or a session
@@ -58,8 +59,14 @@ _CLASSES = TensorRule("int64", (1, 1))
 KINDS: Mapping[str, Kind] = {
     "train": Kind("up", {"front": int}, tensors={"activations": _FEATURES, "labels": _CLASSES}),
     "infer": Kind("up", {"front": int}, tensors={"activations": _FEATURES}),
-    "state": Kind("up", {"status": str}, {"manifest": str, "versions": dict}),
-    "gradient": Kind("down", {"front": int, "rate": float, "loss": float}, tensors={"gradient": _FEATURES}),
+    "state": Kind(
+        "up",
+        {"status": str, "manifest": str},
+        {"versions": dict, "round": int, "bytes_per_sample": float, "evaluation": dict, "clean": dict},
+    ),
+    "gradient": Kind(
+        "down", {"front": int, "rate": float, "loss": float, "round": int}, tensors={"gradient": _FEATURES}
+    ),
     "decision": Kind(
         "down",
         optional={"front": int},
@@ -68,7 +75,9 @@ KINDS: Mapping[str, Kind] = {
     "refused": Kind("down", {"reason": str}, {"detail": str}),
     "missing": Kind("down", {"chunks": list}),
     "model": Kind(
-        "down", {"bundle": str}, {"front": int, "rounds": int, "evaluate_every": int, "status": str}
+        "down",
+        {"bundle": str, "status": str, "rounds": int, "evaluate_every": int, "batch": int},
+        {"front": int, "versions": dict},
     ),
 }
 
@@ -90,7 +99,7 @@ class Message:
     run: str
     session: str
     step: int
-    fields: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Array] = field(default_factory=dict)
 
     __hash__ = None  # type: ignore[assignment]

@@ -61,10 +61,10 @@ class Plan:
         return cls(connection.protocol, settled=True)
 
     def after(self, ending: Ending) -> Plan:
-        """What to try after a first connection that ended so; this plan itself where the version is not the cause.
+        """What to try after a first connection that ended so; this plan if the version is not the cause.
 
-        Some brokers (amqtt) take the properties of an MQTT 5 CONNECT for a client id and wait for ever for the rest
-        of it, but refuse a CONNECT without properties: a silent broker is asked again that way.
+        Some brokers (amqtt) take the properties of an MQTT 5 CONNECT for a client id and wait for ever for
+        its rest, but refuse a CONNECT without properties: a silent broker is asked again that way.
         """
         if self.settled or ending in ("lost", "final"):
             return self
@@ -79,8 +79,8 @@ class LinkError(Exception):
     """A connection ended or did not come about.
 
     Attributes:
-        kind: "lost": try again; "final": that cannot help; "silent": no answer; "unsupported": refused, or closed
-            without an answer, as a broker does that does not know this version; "understood": it knows it.
+        kind: "lost": try again; "final": that cannot help; "silent": no answer; "unsupported": refused, or
+            closed without an answer, as by a broker that does not know this version; "understood": it does.
     """
 
     def __init__(self, cause: str, kind: Ending = "lost") -> None:
@@ -89,7 +89,7 @@ class LinkError(Exception):
 
 
 class Link(Protocol):
-    """What is needed of a client library. Attributes are its notes, written by the thread that calls ``loop``."""
+    """What is needed of a client library. The attributes are notes that ``loop`` and ``connect`` write."""
 
     answer: Answer | None
     farewell: str | None
@@ -108,7 +108,7 @@ class Link(Protocol):
         """Read and write, at most ``timeout_s``; False when the connection is gone."""
 
     def publish(self, topic: str, payload: bytes, retain: bool) -> bool:
-        """Take a QoS 1 message, and send it again after a reconnect until it is acknowledged; False: not now."""
+        """Take a QoS 1 message, to send it after each reconnect until it is acknowledged; False: not now."""
 
     def subscribe(self, patterns: tuple[str, ...]) -> int | None:
         """Subscribe with QoS 1; the packet id, or None without a connection."""

@@ -1,8 +1,8 @@
 """The rules of an MQTT connection, over any client library: reconnect for ever, a bounded queue, a window.
 
 One thread drives the library (a :class:`~edge_sdk.mqtt_link.Link`), so nothing that the library or a broker
-does ends the connection for good. The library calls back while it holds its locks; therefore it only notes what
-happened, takes no lock of ours, and ``_settle`` looks at the notes after each round.
+does ends the connection for good. The library calls back while it holds its locks; therefore a callback only
+notes what happened and takes no lock of ours, and ``_settle`` looks at the notes after each round.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class MqttTransport:
         raise TransportError(text)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Hand a message over (QoS 1); waits while a connected broker is slow. See :meth:`Transport.publish`."""
+        """Hand a message over; waits while a connected broker is slow. See :meth:`Transport.publish`."""
         check_topic(topic)
         with self._changed:
             self._require_open()
@@ -281,8 +281,8 @@ class MqttTransport:
         _log.log(level, "the connection to %s is lost (%s), reconnecting", address, lost)
         if self._fruitless == _FRUITLESS:
             _log.warning(
-                "%s ends each connection before it acknowledges: a packet may be above its limit (send smaller "
-                "chunks), or another client has the id %s",
+                "%s ends each connection before it acknowledges: a packet may be above its limit (send "
+                "smaller chunks), or another client has the id %s",
                 address,
                 self._client_id,
             )
@@ -365,7 +365,7 @@ class MqttTransport:
             self._changed.notify_all()
 
     def _accepted(self) -> tuple[str, ...]:
-        """The broker accepts the connection (in the library's callback): the patterns to renew first of all."""
+        """The broker accepts the connection (in the library's callback); the patterns to renew first."""
         self._acknowledging = self._attempt
         return self._patterns
 

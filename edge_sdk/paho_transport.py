@@ -1,7 +1,7 @@
 """MQTT through paho: the only file that imports it.
 
-paho's own thread is not used: it ends with the first unexpected error, waits in ``sleep``, and keeps no bound.
-``mqtt_transport`` holds the rules and calls ``Client.loop``.
+paho's own thread is not used: it ends with the first unexpected error, waits in ``sleep`` and keeps no
+bounds. ``mqtt_transport`` holds the rules and calls ``Client.loop``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class PahoTransport(MqttTransport):
 
     Args:
         connection: where the broker is, and the limits.
-        client_id: stable per device: the broker keeps the session under it. Of two clients with one id each throws
-            the other out.
+        client_id: stable per device: the broker keeps the session under it. Of two clients with one id each
+            throws the other out.
         content_type: told with each message under MQTT 5, or None.
     """
 
@@ -138,8 +138,8 @@ class _PahoLink:
             self._client.reconnect()
         except ssl.SSLCertVerificationError as exc:
             raise LinkError(
-                f"the certificate of {self._address} is not trusted ({exc.verify_message}): set ca_file to its "
-                "authority's certificate and host to a name in it",
+                f"the certificate of {self._address} is not trusted ({exc.verify_message}): set ca_file to "
+                "its authority's certificate and host to a name in it",
                 "final",
             ) from exc
         except ssl.SSLError as exc:
@@ -155,8 +155,8 @@ class _PahoLink:
     def publish(self, topic: str, payload: bytes, retain: bool) -> bool:
         while True:
             info = self._client.publish(topic, payload, 1, retain, self._properties)
-            # Without a connection (NO_CONN) paho keeps it for the next. QUEUE_SIZE: this packet id waits for its
-            # PUBACK since a full turn of the ids, the next call takes another.
+            # Without a connection (NO_CONN) paho keeps it for the next. QUEUE_SIZE: this packet id waits for
+            # its PUBACK since a full turn of the ids, the next call takes another.
             if info.rc != MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
                 return True
 
@@ -183,7 +183,7 @@ class _PahoLink:
         if not code.is_failure:
             patterns = self._accepted()
             if patterns:
-                # Before paho sends what was under way: a reply must find its subscription in a new session, too.
+                # Before paho resends what was under way: in a new session replies find a subscription.
                 self.renewed = (patterns, self.subscribe(patterns))
         self.answer = Answer(
             code.getName() if code.is_failure else None,

@@ -1,7 +1,7 @@
 """What carries bytes between a device and the server: MQTT's topics, QoS 1, retained messages and last will.
 
-A transport delivers *at least once* and in order per connection. It stands for one client with a stable id; after
-a loss it reconnects by itself for as long as it is open. Its user acknowledges a message once it is stored; what
+A transport delivers *at least once* and in order per connection. It stands for one client with a stable id
+and reconnects by itself for as long as it is open. Its user acknowledges a message once it is stored; what
 was not acknowledged comes again after a reconnect where the broker kept the session. Delivery end to end is the
 client's business (it resends until the server replies), so nothing here promises more than MQTT does.
 """
@@ -41,7 +41,7 @@ class Connection:
         tls: encrypt; implied by ``ca_file`` and ``cert_file``.
         protocol: "5", "3.1.1", or "auto": 5 first, 3.1.1 when the broker does not speak it.
         keepalive_s: a silent connection is given up after about 1.5 times this, 1 to 65535.
-        connect_timeout_s: how long ``open`` tries, and the longest wait of ``publish`` and ``subscribe`` for a
+        connect_timeout_s: how long ``open`` tries, and how long ``publish`` and ``subscribe`` wait for a
             broker that is connected but slow.
         max_queued: messages that may wait for the broker's acknowledgement, 1 to 65535.
         max_received: messages that may wait for ``receive``, 1 to 65535 (MQTT 5: Receive Maximum).
@@ -115,8 +115,8 @@ class Received:
         topic: as published. A broker may deliver a topic of an older subscription: look at it.
         payload: the bytes, not copied.
         retained: it was published before the subscription and is kept by the broker.
-        acknowledge: call it once, from any thread, when the message is stored or refused; after a reconnect it does
-            nothing, since the broker delivers the message again.
+        acknowledge: call it once, from any thread, when the message is stored or refused; after a reconnect
+            it does nothing, since the broker delivers the message again.
     """
 
     topic: str

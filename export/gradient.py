@@ -27,11 +27,10 @@ from export.model import BATCH_AXIS, OPSET, GraphInput, GraphPlan, extract
 
 __all__ = ["TRACE_BATCH", "export_graphs"]
 
-TRACE_BATCH = (
-    3  # odd and above one: no extent of a real layer is mistaken for it, and nothing broadcasts by accident
-)
+TRACE_BATCH = 3  # odd and above one: nothing broadcasts by accident, few extents are taken for it
 
 _LARGEST_BATCH = 1 << 16
+
 
 def export_graphs(
     function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
@@ -41,14 +40,14 @@ def export_graphs(
     """Trace a torch function once and write one ONNX model for each plan.
 
     Args:
-        function: takes the inputs' tensors by name, returns tensors by name; may use ``torch.func.vjp``, must not let
-            its control flow depend on values of tensors.
+        function: takes the inputs' tensors by name, returns tensors by name; may use ``torch.func.vjp``, must
+            not let its control flow depend on values of tensors.
         inputs: every argument that any of the graphs needs; names are unique.
         graphs: which inputs and outputs each graph has; a graph holds only the nodes that its outputs need.
 
     Returns:
-        For each plan a serialised ONNX model: opset 18, ``ai.onnx`` operators only, first axis of batched tensors named
-        ``N``, no metadata. The same function and inputs give the same bytes.
+        For each plan a serialised ONNX model: opset 18, ``ai.onnx`` operators only, first axis of batched
+        tensors named ``N``, no metadata. The same function and inputs give the same bytes.
 
     Raises:
         ExportError: something in the function has no such form; the message names the operator.

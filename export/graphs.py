@@ -7,9 +7,9 @@ the guide is baked in. ``next.*`` outputs are the inputs of the following step.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,43 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from export.errors import ExportError
-from export.gradient import TRACE_BATCH, GraphInput, check_layers, export_function
-from server_sdk.reference.perturbation import Perturbation, Perturbed, front_input, perturb
+from export.gradient import TRACE_BATCH, export_graphs
+from export.layers import check_layers
+from export.model import GraphInput, GraphPlan
+from export.optimizer import Optimizer, initial_state, step
+from server_sdk.reference.perturbation import Perturbation, front_input, perturb
 
 __all__ = ["GraphSet", "Optimizer", "build_graphs"]
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """The rule by which a device steps its front, as ``torch.optim.SGD`` or ``torch.optim.Adam`` compute it.
-
-    Attributes:
-        kind: ``sgd`` or ``adam``.
-        learning_rate: the default of the graph's ``rate`` input; above 0.
-        momentum: of ``sgd``, 0 to below 1; 0 keeps no state.
-        betas: of ``adam``, each 0 to below 1.
-        epsilon: of ``adam``, above 0.
-    """
-
-    kind: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = 0.05
-    momentum: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("sgd", "adam"):
-            raise ExportError(f"unknown optimizer {self.kind!r}: use 'sgd' or 'adam'")
-        if not self.learning_rate > 0:
-            raise ExportError(f"learning_rate {self.learning_rate} must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise ExportError(f"momentum {self.momentum} is outside 0..1")
-        if self.kind == "adam" and self.momentum:
-            raise ExportError("momentum is an option of 'sgd': give 'adam' its betas instead")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ExportError(f"betas {self.betas} are outside 0..1")
-        if not self.epsilon > 0:
-            raise ExportError(f"epsilon {self.epsilon} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -106,19 +76,14 @@ def build_graphs(
         raise ExportError(f"downsample is {downsample}: use 1 or 2")
     check_layers(front)
     builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, optimizer)
-    return GraphSet(
-        train=builder.forward(training=True),
-        infer=builder.forward(training=False),
-        backward=builder.backward(),
-        tensors={
-            f"{prefix}.{name}": tensor.numpy().copy()
-            for prefix, group in (("p", builder.parameters), ("b", builder.statistics), ("s", builder.state))
-            for name, tensor in group.items()
-        },
-    )
+    graphs = export_graphs(builder, builder.inputs(), builder.plans())
+    tensors = {name: tensor.numpy().copy() for name, tensor in builder.carried().items()}
+    return GraphSet(**graphs, tensors=tensors)
 
 
 class _Builder:
+    """The names, tensors and functions that the three graphs of one front are made of."""
+
     def __init__(
         self,
         front: nn.Module,
@@ -133,94 +98,106 @@ class _Builder:
         self.downsample = downsample
         self.optimizer = optimizer
         self.front = _bare_copy(front)
-        self.guide = None if guide is None or perturbation is None else copy.deepcopy(guide).eval()
-        self.guide_weights = (
-            {}
-            if self.guide is None
-            else {name: t.detach().clone() for name, t in self.guide.state_dict().items()}
+        self.alone = _without_statistics(self.front)
+        self.settled = copy.deepcopy(self.front).eval()
+        self.guide = (
+            None if guide is None or perturbation is None else copy.deepcopy(guide).float().cpu().eval()
         )
-        self.parameters = {name: p.detach().float().cpu() for name, p in self.front.named_parameters()}
-        self.statistics = {name: b.detach().float().cpu() for name, b in self.front.named_buffers()}
+        self.parameters = {name: p.detach() for name, p in self.front.named_parameters()}
+        self.statistics = {name: b.detach() for name, b in self.front.named_buffers()}
         self.state = initial_state(optimizer, self.parameters)
-        self.example = torch.rand(TRACE_BATCH, *shape, generator=torch.Generator().manual_seed(0))
+        self.guide_weights = {} if self.guide is None else _detached(self.guide.state_dict())
 
-    def forward(self, *, training: bool) -> bytes:
-        front = _without_statistics(self.front) if training else copy.deepcopy(self.front).eval()
-        own = {**self.parameters} if training else {**self.parameters, **self.statistics}
-        inputs = [GraphInput("x", self.example, batched=True)]
-        outputs = ["activations"]
-        baked: dict[str, Tensor] = {}
+    def carried(self) -> dict[str, Tensor]:
+        """What travels from step to step: ``p.*``, ``b.*``, ``s.*`` in the graphs' order."""
+        groups = (("p", self.parameters), ("b", self.statistics), ("s", self.state))
+        return {f"{kind}.{name}": tensor for kind, group in groups for name, tensor in group.items()}
+
+    def inputs(self) -> list[GraphInput]:
+        example = torch.rand(TRACE_BATCH, *self.shape, generator=torch.Generator().manual_seed(0))
+        entries = [GraphInput("x", example, batched=True)]
+        stepped = [GraphInput("step.perturbed", example.clone(), batched=True)]
         if self.guide is not None:
-            inputs += [
-                GraphInput("label", torch.full((TRACE_BATCH,), -1), batched=True),
-                GraphInput("epsilon", torch.tensor(0.1)),
-            ]
-            outputs += ["perturbed", "map", "guide"]
-            baked = {f"guide.{name}": tensor for name, tensor in self.guide_weights.items()}
-        lead = len(inputs)
-        inputs += [GraphInput(name, tensor) for name, tensor in self._prefixed(own).items()]
-        inputs += [GraphInput(name, tensor, baked=True) for name, tensor in baked.items()]
+            entries.append(GraphInput("label", torch.full((TRACE_BATCH,), -1), batched=True))
+            entries.append(GraphInput("epsilon", torch.tensor(0.1)))
+            stepped.append(GraphInput("step.map", example.clone(), batched=True))
+        stepped.append(GraphInput("gradient", self._activations_like(example), batched=True))
+        stepped.append(GraphInput("rate", torch.tensor(0.1)))
+        weights = [GraphInput(name, tensor) for name, tensor in self.carried().items()]
+        baked = [GraphInput(f"guide.{name}", t, baked=True) for name, t in self.guide_weights.items()]
+        return [*entries, *stepped, *weights, *baked]
 
-        def function(*flat: Tensor) -> tuple[Tensor, ...]:
-            weights = dict(zip(own, flat[lead:], strict=False))
-            if self.guide is None:
-                return (functional_call(front, weights, (front_input(flat[0], None, self.downsample),)),)
-            frozen = dict(zip(self.guide_weights, flat[lead + len(own) :], strict=True))
-            result = self._perturb(flat[0], flat[1], flat[2], frozen)
-            sees = front_input(result.perturbed, result.map, self.downsample)
-            activations = functional_call(front, weights, (sees,))
-            return activations, result.perturbed, result.map, result.guide
-
-        return export_function(function, inputs, outputs)
-
-    def backward(self) -> bytes:
-        front = copy.deepcopy(self.front).train()
+    def plans(self) -> dict[str, GraphPlan]:
         mapped = self.guide is not None
-        with torch.no_grad():
-            sees = front_input(self.example, self.example if mapped else None, self.downsample)
-            gradient = torch.zeros_like(copy.deepcopy(front)(sees))
-        inputs = [GraphInput("perturbed", self.example, batched=True)]
-        if mapped:
-            inputs.append(GraphInput("map", self.example.clone(), batched=True))
-        inputs += [GraphInput("gradient", gradient, batched=True), GraphInput("rate", torch.tensor(0.1))]
-        lead = len(inputs)
-        carried = [f"p.{name}" for name in self.parameters]
-        carried += [f"b.{name}" for name in self.statistics] + [f"s.{name}" for name in self.state]
-        tensors = [*self.parameters.values(), *self.statistics.values(), *self.state.values()]
-        inputs += [GraphInput(name, tensor) for name, tensor in zip(carried, tensors, strict=True)]
-        first, second = len(self.parameters), len(self.parameters) + len(self.statistics)
+        entry = ["x", *(["label", "epsilon"] if mapped else [])]
+        extra = ["perturbed", "map", "guide"] if mapped else []
+        parameters = [name for name in self.carried() if name.startswith("p.")]
+        statistics = [name for name in self.carried() if name.startswith("b.")]
+        step_entry = {"perturbed": "step.perturbed"} | ({"map": "step.map"} if mapped else {})
 
-        def function(*flat: Tensor) -> tuple[Tensor, ...]:
-            rest = flat[lead:]
-            parameters = dict(zip(self.parameters, rest[:first], strict=True))
-            statistics = dict(zip(self.statistics, rest[first:second], strict=True))
-            state = dict(zip(self.state, rest[second:], strict=True))
-            sees = front_input(flat[0], flat[1] if mapped else None, self.downsample)
+        def forward(kind: str, inputs: list[str]) -> GraphPlan:
+            outputs = {"activations": f"{kind}.activations"} | {name: name for name in extra}
+            return GraphPlan({name: name for name in inputs}, outputs)
 
-            def forward(weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-                updated = {name: tensor.clone() for name, tensor in statistics.items()}
-                return functional_call(front, {**weights, **updated}, (sees,)), updated
+        return {
+            "train": forward("train", [*entry, *parameters]),
+            "infer": forward("infer", [*entry, *parameters, *statistics]),
+            "backward": GraphPlan(
+                step_entry | {name: name for name in ("gradient", "rate", *self.carried())},
+                {f"next.{name}": f"next.{name}" for name in self.carried()},
+            ),
+        }
 
-            _, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
-            (gradients,) = pull(flat[lead - 2])
-            stepped, state = step(self.optimizer, parameters, gradients, state, flat[lead - 1])
-            return (*stepped.values(), *updated.values(), *state.values())
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._forward(tensors) | self._backward(tensors)
 
-        return export_function(function, inputs, [f"next.{name}" for name in carried])
+    def _forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parameters = _group(tensors, "p.")
+        extra: dict[str, Tensor] = {}
+        seen = tensors["x"]
+        scaled: Tensor | None = None
+        if self.guide is not None and self.perturbation is not None:
+            guide = functools.partial(functional_call, self.guide, _group(tensors, "guide."))
+            how = self.perturbation.normalisation
+            result = perturb(guide, seen, tensors["label"], normalisation=how, epsilon=tensors["epsilon"])
+            seen, scaled = result.perturbed, result.map
+            extra = {"perturbed": result.perturbed, "map": result.map, "guide": result.guide}
+        sees = front_input(seen, scaled, self.downsample)
+        trained = functional_call(self.alone, parameters, (sees,))
+        settled = functional_call(self.settled, parameters | _group(tensors, "b."), (sees,))
+        return {"train.activations": trained, "infer.activations": settled, **extra}
 
-    def _perturb(self, x: Tensor, label: Tensor, epsilon: Tensor, frozen: dict[str, Tensor]) -> Perturbed:
-        guide, perturbation = self.guide, self.perturbation
-        if guide is None or perturbation is None:
-            raise ExportError("a perturbation needs a guide")
+    def _backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parameters, statistics = _group(tensors, "p."), _group(tensors, "b.")
+        sees = front_input(tensors["step.perturbed"], tensors.get("step.map"), self.downsample)
 
-        def logits(batch: Tensor) -> Tensor:
-            result: Tensor = functional_call(guide, frozen, (batch,))
-            return result
+        def forward(weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            updated = {name: tensor.clone() for name, tensor in statistics.items()}
+            return functional_call(self.front, {**weights, **updated}, (sees,)), updated
 
-        return perturb(logits, x, label, normalisation=perturbation.normalisation, epsilon=epsilon)
+        _, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
+        (gradients,) = pull(tensors["gradient"])
+        stepped, state = step(self.optimizer, parameters, gradients, _group(tensors, "s."), tensors["rate"])
+        groups = (("p", stepped), ("b", updated), ("s", state))
+        return {f"next.{kind}.{name}": tensor for kind, group in groups for name, tensor in group.items()}
 
-    def _prefixed(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"{'p' if name in self.parameters else 'b'}.{name}": tensor for name, tensor in own.items()}
+    def _activations_like(self, example: Tensor) -> Tensor:
+        scaled = example if self.guide is not None else None
+        try:
+            with torch.no_grad():
+                activations = self.alone(front_input(example, scaled, self.downsample))
+        except RuntimeError as exc:
+            problem = str(exc).splitlines()[0]
+            raise ExportError(f"the front does not take the input {tuple(self.shape)}: {problem}") from exc
+        return torch.zeros_like(activations)
+
+
+def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _bare_copy(front: nn.Module) -> nn.Module:
@@ -238,51 +215,3 @@ def _without_statistics(front: nn.Module) -> nn.Module:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.running_mean, layer.running_var = None, None
     return bare
-
-
-def initial_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros: ``<name>.momentum`` for sgd with momentum, ``<name>.m``, ``<name>.v`` and ``t`` for adam."""
-    if optimizer.kind == "sgd":
-        if not optimizer.momentum:
-            return {}
-        return {f"{name}.momentum": torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    state = {
-        f"{name}.{moment}": torch.zeros_like(tensor)
-        for name, tensor in parameters.items()
-        for moment in ("m", "v")
-    }
-    state["t"] = torch.zeros(())
-    return state
-
-
-def step(
-    optimizer: Optimizer,
-    parameters: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    rate: Tensor,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One optimizer step without side effects: (next parameters, next state)."""
-    after: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
-    if optimizer.kind == "sgd":
-        for name, value in parameters.items():
-            change = gradients[name]
-            if optimizer.momentum:
-                change = optimizer.momentum * state[f"{name}.momentum"] + change
-                kept[f"{name}.momentum"] = change
-            after[name] = value - rate * change
-        return after, kept
-    first, second = optimizer.betas
-    count = state["t"] + 1.0
-    # 1 - 0.999**t loses five digits in float32 while t is small
-    correction1 = (1.0 - torch.pow(first, count.double())).float()
-    correction2 = (1.0 - torch.pow(second, count.double())).sqrt().float()
-    for name, value in parameters.items():
-        gradient = gradients[name]
-        mean = state[f"{name}.m"] + (gradient - state[f"{name}.m"]) * (1.0 - first)
-        square = second * state[f"{name}.v"] + (1.0 - second) * (gradient * gradient)
-        kept[f"{name}.m"], kept[f"{name}.v"] = mean, square
-        after[name] = value - (rate / correction1) * mean / (square.sqrt() / correction2 + optimizer.epsilon)
-    kept["t"] = count
-    return after, kept

@@ -94,5 +94,3 @@ def _pool_refusal(layer: nn.MaxPool1d | nn.MaxPool2d) -> str | None:
     if any(s < k for s, k in zip(pair(stride), pair(layer.kernel_size), strict=True)):
         return "overlapping windows; give a stride of at least the kernel's size"
     return None
-
-

@@ -1,4 +1,4 @@
-"""One finished ONNX model out of torch's: the wanted part of the graph, public names, baked constants, no metadata."""
+"""One finished model out of torch's: the wanted part of the graph, public names, constants, no metadata."""
 
 from __future__ import annotations
 
@@ -54,17 +54,20 @@ def extract(traced: onnx.ModelProto, inputs: Sequence[GraphInput], plan: GraphPl
         The serialised model: opset 18, no metadata, first axis of batched tensors named ``N``.
 
     Raises:
-        ExportError: an operator outside ``ai.onnx``, an input that is needed but not planned, or an output whose extents
+        ExportError: an operator outside ``ai.onnx``, an input that is needed but not planned, or an output
+        whose extents
             behind the batch are not fixed.
     """
     source = traced.graph
     nodes, used = _needed(source, plan.outputs.values())
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")})
-    if foreign or traced.functions:
-        raise ExportError(f"the graph needs operators outside ai.onnx: {', '.join(foreign) or 'local functions'}")
-    unplanned = sorted(
-        used & {entry.name for entry in inputs if not entry.baked} - set(plan.inputs.values())
+    foreign = sorted(
+        {f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")}
     )
+    if foreign or traced.functions:
+        raise ExportError(
+            f"the graph needs operators outside ai.onnx: {', '.join(foreign) or 'local functions'}"
+        )
+    unplanned = sorted(used & {entry.name for entry in inputs if not entry.baked} - set(plan.inputs.values()))
     if unplanned:
         raise ExportError(f"the graph needs inputs that its plan leaves out: {', '.join(unplanned)}")
     public = {inner: outer for outer, inner in (*plan.inputs.items(), *plan.outputs.items())}

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from edge_sdk.bundle import Bundle
 from server_sdk.errors import ModelError
@@ -61,8 +63,14 @@ def trainer_from(
     channels, *grid = bundle.manifest.cut_shape
     if len(grid) not in (1, 2):
         raise ModelError("the cut must have one or two spatial axes: export the bundle with another cut")
+
+    def new_back() -> nn.Module:
+        # Drawn from the stream's own generator, so that no two streams start from the same weights.
+        seed = int(torch.randint(2**31, ()))
+        return split(build(part.model, seed, allow_foreign=allow_foreign), part.model.cut)[1]
+
     streams = Streams(
-        lambda: split(build(part.model, part.seed, allow_foreign=allow_foreign), part.model.cut)[1],
+        new_back,
         channels,
         1 if len(grid) == 1 else 2,
         names=part.streams,

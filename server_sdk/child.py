@@ -51,7 +51,7 @@ class Child:
     ) -> None:
         root = str(Path(__file__).resolve().parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        started: list[subprocess.Popen[bytes] | OSError] = []
+        started: list[subprocess.Popen[bytes] | OSError | ValueError] = []
         ready = threading.Event()
         self._released = threading.Event()
 
@@ -68,14 +68,14 @@ class Child:
                         start_new_session=True,
                     )
                 )
-            except OSError as exc:
+            except (OSError, ValueError) as exc:
                 started.append(exc)
             ready.set()
             self._released.wait()
 
         threading.Thread(target=keep, name="child-keeper", daemon=True).start()
         ready.wait()
-        if isinstance(started[0], OSError):
+        if isinstance(started[0], OSError | ValueError):
             raise ServerError(f"{command[0]} cannot be started: {started[0]}") from started[0]
         self.process = started[0]
 

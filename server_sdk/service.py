@@ -339,6 +339,7 @@ class TrainingService:
                 "event": "round",
                 "round": self._round,
                 "rounds": self._plan.rounds,
+                "at_s": round(time.monotonic(), 6),
                 "loss": loss,
                 "losses": result.losses,
                 "devices": [arrival.device for arrival in closed.steps],

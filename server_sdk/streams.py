@@ -68,7 +68,8 @@ class Streams(nn.Module):
     In-place layers of a back are made out-of-place: an in-place first layer would change what the others see.
 
     Args:
-        back_factory: makes one back network, (N, C, \\*S) -> logits (N, K), with new weights at each call.
+        back_factory: makes one back network, (N, C, \\*S) -> logits (N, K), with new weights at each call,
+            drawn from torch's generator: one that seeds itself gives all streams the same initial weights.
         channels: C at the cut.
         spatial_dims: 1 (signals) or 2 (images).
         names: which streams, a subset of `STREAMS`; the order given does not matter.

@@ -17,8 +17,8 @@ from rich.console import Console
 from edge_sdk.console import new_parser, run
 from edge_sdk.errors import ConfigError
 from examples.quickstart.data import Division, divide, load, save_shard
-from examples.quickstart.fleet import FleetRun, RunOptions, run_fleet
 from server_sdk.broker import EmbeddedBroker
+from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
 from server_sdk.progress import RunDisplay
 
 _EXAMPLES = """\
@@ -54,6 +54,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     name, dataset = load(arguments.data, arguments.seed)
     division = divide(name, dataset, arguments.devices, arguments.seed)
     _introduce(console, division)
+    shape = dataset.input_shape
     out: Path = arguments.out
     try:
         for profile in ("vanilla", "paper"):
@@ -73,23 +74,25 @@ def _demo(arguments: argparse.Namespace) -> int:
         runs: dict[str, FleetRun] = {}
         for profile in ("vanilla", "paper"):
             with console.status(f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"):
-                options = BuildOptions(profile, dataset.input_shape, class_names(division.classes), seed=arguments.seed)
+                options = BuildOptions(profile, shape, class_names(division.classes), seed=arguments.seed)
                 built = build_bundle(out / profile / "net.psgl", options, guide)
-            run_options = RunOptions(
+            batch = min(arguments.batch, *(len(train) for train, _ in division.shards))
+            fleet = FleetOptions(
                 folder=out / profile,
                 bundle=built.bundle,
                 shards=tuple(out / "data" / f"device-{n}.npz" for n in range(1, arguments.devices + 1)),
-                rounds=arguments.rounds,
-                batch=min(arguments.batch, *(len(train) for train, _ in division.shards)),
-                evaluate_every=max(arguments.rounds // 9, 1),
-                seed=arguments.seed,
-                shift=max(round(0.07 * min(dataset.input_shape[1:])), 1),
-                threads=1,
-                measure_clean=profile == "paper",
+                server=(
+                    *("--rounds", str(arguments.rounds), "--batch", str(batch)),
+                    *("--evaluate-every", str(max(arguments.rounds // 9, 1))),
+                ),
+                device=(
+                    *("--seed", str(arguments.seed), "--shift", str(max(round(0.07 * min(shape[1:])), 1))),
+                    *(["--measure-clean"] if profile == "paper" else []),
+                ),
             )
             runs[profile] = FleetRun()
             with RunDisplay(f"{profile} · {broker.kind} on {broker.host}:{broker.port}", console) as display:
-                for event in run_fleet(run_options, broker, runs[profile]):
+                for event in run_fleet(fleet, broker, runs[profile]):
                     display.show(event)
         result = compose(runs["vanilla"], runs["paper"], broker.kind, time.monotonic() - began)
     draw(out / "figure.png", out / "paper", division.shards[0][1], runs)

@@ -14,7 +14,7 @@ from edge_sdk.bundle import load_bundle
 from edge_sdk.codec import unpack_tensors
 from edge_sdk.errors import ConfigError
 from edge_sdk.front import Front, FrontState
-from examples.quickstart.fleet import FleetRun
+from server_sdk.local_fleet import FleetRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

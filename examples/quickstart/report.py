@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_sdk.errors import ConfigError
-from examples.quickstart.fleet import FleetRun
 from server_sdk.errors import ServerError
+from server_sdk.local_fleet import FleetRun
 
 __all__ = ["compose", "print_report", "write_result"]
 

@@ -542,7 +542,7 @@ class TestTls:
 def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
     connection = Connection("127.0.0.1", 1, ca_file=str(tmp_path / "absent.pem"))
     transport = PahoTransport(connection, "a")
-    with pytest.raises(TransportError, match="absent.pem"):
+    with pytest.raises(TransportError, match=r"absent\.pem"):
         transport.open()
     transport.close()
 

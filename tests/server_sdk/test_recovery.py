@@ -221,6 +221,19 @@ def test_degenerate_samples_give_finite_values_and_gradients(activations: Tensor
     assert torch.isfinite(gradient(activations, torch.ones_like(activations), method)).all()
 
 
+def test_sums_that_pass_through_overflow_come_out_finite() -> None:
+    subspace, _ = torch.linalg.qr(drawn(64, 32))
+    activations = subspace @ drawn(32, 195, seed=1)
+    activations = torch.cat([activations / activations.abs().max(), torch.zeros(64, 1)], dim=1)
+    linear = torch.eye(64) - shrinkage_projector(activations[None], 0.1)[0]
+    # The first half of this row's sum is beyond float32, the second half takes it back.
+    activations[:, -1] = linear[0].sign() * torch.tensor([1.0] * 32 + [-1.0] * 32)
+    large = (activations * 3e38).float()[None]
+    expected = large.double() - reference(large, 0.1)
+    assert torch.isfinite(expected.float()).all()
+    torch.testing.assert_close(recover(large).recovered.double(), expected, atol=1e33, rtol=0)
+
+
 def test_known_values_of_degenerate_samples() -> None:
     zero = recover(torch.zeros(1, 3, 2, 2))
     assert not zero.trace.any()

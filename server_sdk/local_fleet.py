@@ -1,4 +1,7 @@
-"""One training run as real processes: a server and its devices, each started by the command an operator would type."""
+"""One training run as real processes on this machine: a server and its devices, each by the command an operator types.
+
+For demonstrations, benchmarks and tests of the whole.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +19,28 @@ from server_sdk.broker import EmbeddedBroker
 from server_sdk.child import Child
 from server_sdk.errors import ServerError
 
-__all__ = ["FleetRun", "RunOptions", "run_fleet"]
+__all__ = ["FleetOptions", "FleetRun", "run_fleet"]
 
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class FleetOptions:
     """What one run is.
 
     Attributes:
-        folder: where its files go.
+        folder: where its files go; its name is the fleet's.
         bundle: the bundle of server and devices.
         shards: one data file for each device.
-        rounds, batch, evaluate_every: as in ``psgl-server train``.
-        seed: order of the batches.
-        shift: augmentation on the devices, in pixels.
-        threads: of the server.
-        measure_clean: evaluate unperturbed inputs at the end.
+        server: further arguments of ``psgl-server train``.
+        device: further arguments of ``psgl-edge run``, the same for each device.
     """
 
     folder: Path
     bundle: Path
     shards: tuple[Path, ...]
-    rounds: int
-    batch: int
-    evaluate_every: int
-    seed: int
-    shift: int
-    threads: int
-    measure_clean: bool
+    server: tuple[str, ...] = ()
+    device: tuple[str, ...] = ()
 
 
 @dataclass
@@ -65,7 +60,7 @@ class FleetRun:
     losses: list[float] = field(default_factory=list)
 
 
-def run_fleet(options: RunOptions, broker: EmbeddedBroker, run: FleetRun) -> Iterator[Event]:
+def run_fleet(options: FleetOptions, broker: EmbeddedBroker, run: FleetRun) -> Iterator[Event]:
     """Run server and devices to the end; yields the server's events and fills ``run``.
 
     A broker that dies is started again on its port; closing the iterator ends every process.
@@ -93,9 +88,7 @@ def run_fleet(options: RunOptions, broker: EmbeddedBroker, run: FleetRun) -> Ite
             "server_sdk.cli",
             [
                 *("train", str(options.bundle), "--json", "--out", str(folder)),
-                *("--devices", str(len(options.shards)), "--rounds", str(options.rounds)),
-                *("--batch", str(options.batch), "--evaluate-every", str(options.evaluate_every)),
-                *("--threads", str(options.threads)),
+                *("--devices", str(len(options.shards)), *options.server),
             ],
             piped=True,
         )
@@ -107,10 +100,9 @@ def run_fleet(options: RunOptions, broker: EmbeddedBroker, run: FleetRun) -> Ite
                 name,
                 "edge_sdk.cli",
                 [
-                    *("run", str(options.bundle), "--data", str(shard), "--device", name),
-                    *("--seed", str(options.seed), "--shift", str(options.shift), "--json"),
+                    *("run", str(options.bundle), "--data", str(shard), "--device", name, "--json"),
                     *("--save-front", str(folder / f"{name}.front.cbor"), "--report", str(folder / f"{name}.json")),
-                    *(["--measure-clean"] if options.measure_clean else []),
+                    *options.device,
                 ],
             )
         while any(child.alive for child in children.values()) or reader.is_alive() or not events.empty():

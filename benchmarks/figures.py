@@ -1,0 +1,58 @@
+"""What every benchmark prints last: one JSON object with its figures, the command, the machine and the samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from statistics import median
+
+__all__ = ["options", "print_figures", "ratio"]
+
+
+def options(module: str, about: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=about)
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, at most 60 s on 2 cores")
+    return parser
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median of the ratios of pairs that were measured next to each other."""
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def print_figures(
+    figures: Mapping[str, float], samples: Mapping[str, Sequence[float]], *, as_json: bool
+) -> None:
+    """Print a line for each figure, and with ``--json`` the whole object."""
+    for name, value in figures.items():
+        print(f"{name:48} {value:.4g}", file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        tools = ("numpy", "onnxruntime", "torch", "paho-mqtt", "cbor2")
+        machine = {
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in tools},
+        }
+        print(
+            json.dumps(
+                {
+                    "figures": {name: round(value, 4) for name, value in figures.items()},
+                    "command": "python -m " + " ".join(["benchmarks." + _module(), *sys.argv[1:]]),
+                    "machine": machine,
+                    "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
+                }
+            )
+        )
+
+
+def _module() -> str:
+    return Path(sys.argv[0]).stem

@@ -1,0 +1,57 @@
+"""What the export tests share: running a graph in two runtimes, and comparing at float32's grain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _in_onnxruntime(model: bytes, feeds: Mapping[str, np.ndarray]) -> Arrays:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def _in_reference(model: bytes, feeds: Mapping[str, np.ndarray]) -> Arrays:
+    evaluator = ReferenceEvaluator(onnx.load_from_string(model))
+    return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
+
+
+@pytest.fixture(scope="session", params=["onnxruntime", "reference"])
+def run(request: pytest.FixtureRequest) -> Callable[[bytes, Mapping[str, np.ndarray]], Arrays]:
+    """Run a serialised graph; every test that takes it runs once per runtime."""
+    return _in_onnxruntime if request.param == "onnxruntime" else _in_reference
+
+
+@pytest.fixture(scope="session")
+def run_fast() -> Callable[[bytes, Mapping[str, np.ndarray]], Arrays]:
+    return _in_onnxruntime
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[..., None]:
+    """Assert that a float32 result is the float64 one, relative to the tensor's largest value."""
+
+    def check(got: np.ndarray, wanted: object, what: str, *, relative: float = 2e-5) -> None:
+        expected = np.asarray(wanted.detach() if isinstance(wanted, torch.Tensor) else wanted, np.float64)
+        assert got.shape == expected.shape, f"{what}: {got.shape} is not {expected.shape}"
+        scale = max(float(np.abs(expected).max(initial=0.0)), 1e-3)
+        worst = float(np.abs(got.astype(np.float64) - expected).max(initial=0.0))
+        assert worst <= relative * scale, f"{what}: off by {worst:.2e} where values reach {scale:.2e}"
+
+    return check
