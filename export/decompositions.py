@@ -208,7 +208,7 @@ def _batch_norm_training(
     momentum: Any,
     eps: Any,
 ) -> Any:
-    """Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1; running variance unbiased, as torch keeps it."""
+    """Ioffe and Szegedy, arXiv 1502.03167, algorithm 1; running variance unbiased, as torch keeps it."""
     out, mean, scale, variance = _normalised(x, weight, bias, eps)
     count = _samples_per_channel(x)
     unbiased = op.Mul(variance, op.Div(count, op.Sub(count, _float(1.0))))

@@ -16,11 +16,11 @@ VALID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "train": ({"front": 3}, {"activations": ACTIVATIONS, "labels": LABELS}),
     "infer": ({"front": 3}, {"activations": ACTIVATIONS}),
     "state": ({"status": "online", "manifest": "ab12", "versions": {"wire": 1}}, {}),
-    "gradient": ({"front": 3, "rate": 0.01, "loss": 2.5}, {"gradient": ACTIVATIONS}),
+    "gradient": ({"front": 3, "rate": 0.01, "loss": 2.5, "round": 4}, {"gradient": ACTIVATIONS}),
     "decision": ({}, {"probabilities": PROBABILITIES, "class.fused": np.array([1, 0])}),
     "refused": ({"reason": "run"}, {}),
     "missing": ({"chunks": [0, 2]}, {}),
-    "model": ({"bundle": "ab12", "front": 0, "rounds": 20, "evaluate_every": 5, "status": "open"}, {}),
+    "model": ({"bundle": "ab12", "front": 0, "rounds": 20, "evaluate_every": 5, "batch": 32, "status": "open"}, {}),
 }
 
 
@@ -94,10 +94,10 @@ def test_known_fields_have_their_type(kind: str) -> None:
 
 
 def test_numpy_scalars_and_tuples_become_plain() -> None:
-    fields = {"front": np.int64(3), "rate": np.float32(0.5), "loss": 2, "more": (np.bool_(True), 1)}
+    fields = {"front": np.int64(3), "rate": np.float32(0.5), "loss": 2, "round": 1, "more": (np.bool_(True), 1)}
     plain = check_message(message("gradient", fields)).fields
-    assert plain == {"front": 3, "rate": 0.5, "loss": 2.0, "more": [True, 1]}
-    assert [type(value) for value in plain.values()] == [int, float, float, list]
+    assert plain == {"front": 3, "rate": 0.5, "loss": 2.0, "round": 1, "more": [True, 1]}
+    assert [type(value) for value in plain.values()] == [int, float, float, int, list]
 
 
 @pytest.mark.parametrize(
