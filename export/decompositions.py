@@ -287,11 +287,29 @@ def _max_pool_backward(
     ceil_mode: Any,
     indices: Any,
 ) -> Any:
-    """Puts each gradient back to its window's first maximum; right for windows that do not overlap."""
+    """Put each gradient back to its window's first maximum; right for windows that do not overlap.
+
+    Runtimes disagree about MaxUnpool where windows do not cover the input exactly, so it is cut or padded to
+    fit first.
+    """
     stride = stride or kernel_size
-    pads = [*padding, *padding]
-    _, chosen = op.MaxPool(x, kernel_shape=kernel_size, strides=stride, pads=pads)
-    return op.MaxUnpool(grad, chosen, op.Shape(x), kernel_shape=kernel_size, strides=stride, pads=pads)
+    axes = _spatial(x)
+    grid = [int(extent) for extent in x.shape[2:]]
+    covered = [(int(n) - 1) * s + k for n, s, k in zip(grad.shape[2:], stride, kernel_size, strict=True)]
+    if any(padding):
+        x = op.Pad(x, _ints(*padding, *padding), op.Constant(value_float=-math.inf), _ints(*axes))
+    inside = x
+    if covered != [extent + 2 * pad for extent, pad in zip(grid, padding, strict=True)]:
+        inside = op.Slice(x, _ints(*[0] * len(axes)), _ints(*covered), _ints(*axes))
+    _, chosen = op.MaxPool(inside, kernel_shape=kernel_size, strides=stride)
+    spread = op.MaxUnpool(grad, chosen, kernel_shape=kernel_size, strides=stride)
+    if any(padding):
+        ends = [pad + extent for extent, pad in zip(grid, padding, strict=True)]
+        spread = op.Slice(spread, _ints(*padding), _ints(*ends), _ints(*axes))
+    missing = [max(n + p - c, 0) for n, p, c in zip(grid, padding, covered, strict=True)]
+    if any(missing):
+        spread = op.Pad(spread, _ints(*[0] * len(axes), *missing), None, _ints(*axes))
+    return spread
 
 
 def _pixel_unshuffle(x: Any, factor: Any) -> Any:

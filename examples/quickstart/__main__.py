@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=3, help="device processes (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=360, help="optimizer steps of each run (default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)")
+    parser.add_argument("--shift", type=int, metavar="PIXELS", help="devices move training images by up to this (default: 7%% of their size)")
+    parser.add_argument("--perturb-towards", choices=("guide", "label"), default="guide", help="class that the perturbation attacks in training (default %(default)s)")
+    parser.add_argument("--codec", choices=("float32", "float16"), default="float16", help="tensors on the wire (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)")
     parser.add_argument("--broker", choices=("auto", "mosquitto", "amqtt"), default="auto", help="(default %(default)s: mosquitto if installed)")
     parser.add_argument("--port", type=int, default=0, help="of the embedded broker (default: a free one)")
@@ -55,6 +58,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     division = divide(name, dataset, arguments.devices, arguments.seed)
     _introduce(console, division)
     shape = dataset.input_shape
+    shift = max(round(0.07 * min(shape[1:])), 1) if arguments.shift is None else arguments.shift
     out: Path = arguments.out
     try:
         for profile in ("vanilla", "paper"):
@@ -74,7 +78,13 @@ def _demo(arguments: argparse.Namespace) -> int:
         runs: dict[str, FleetRun] = {}
         for profile in ("vanilla", "paper"):
             with console.status(f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"):
-                options = BuildOptions(profile, shape, class_names(division.classes), seed=arguments.seed)
+                options = BuildOptions(
+                    profile,
+                    shape,
+                    class_names(division.classes),
+                    seed=arguments.seed,
+                    perturb_towards=arguments.perturb_towards,
+                )
                 built = build_bundle(out / profile / "net.psgl", options, guide)
             batch = min(arguments.batch, *(len(train) for train, _ in division.shards))
             fleet = FleetOptions(
@@ -83,10 +93,10 @@ def _demo(arguments: argparse.Namespace) -> int:
                 shards=tuple(out / "data" / f"device-{n}.npz" for n in range(1, arguments.devices + 1)),
                 server=(
                     *("--rounds", str(arguments.rounds), "--batch", str(batch)),
-                    *("--evaluate-every", str(max(arguments.rounds // 9, 1))),
+                    *("--evaluate-every", str(max(arguments.rounds // 9, 1)), "--codec", arguments.codec),
                 ),
                 device=(
-                    *("--seed", str(arguments.seed), "--shift", str(max(round(0.07 * min(shape[1:])), 1))),
+                    *("--seed", str(arguments.seed), "--shift", str(shift), "--codec", arguments.codec),
                     *(["--measure-clean"] if profile == "paper" else []),
                 ),
             )
