@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 cannot go on (one line says why and what to do), 130 stopp
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from edge_sdk.errors import ConfigError, PsglError
 from edge_sdk.transport import Connection
 from edge_sdk.version import __version__
 
-__all__ = ["add_broker_options", "connection_from", "new_parser", "run"]
+__all__ = ["add_broker_options", "add_debug", "connection_from", "new_parser", "require", "run"]
 
 
 def new_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -90,6 +91,17 @@ def connection_from(arguments: argparse.Namespace) -> Connection:
         protocol=arguments.protocol,
         connect_timeout_s=arguments.connect_timeout_s,
     )
+
+
+def require(extra: str, *modules: str) -> None:
+    """Check that the modules of an extra are installed.
+
+    Raises:
+        ConfigError: one is not; the text names the extra.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{module} is not installed: pip install 'psgl[{extra}]'")
 
 
 def run(command: Callable[[], int], *, debug: bool) -> int:

@@ -329,7 +329,8 @@ class MqttTransport:
         if self._closing.is_set():
             raise LinkError("closed")
         if not link.loop(min(remaining_s, 0.1)) and link.answer is None:
-            raise LinkError("it closes the connection without an answer; is it a TLS port?", "unsupported")
+            cause = link.farewell or "it closes the connection without an answer; is it a TLS port?"
+            raise LinkError(cause, "unsupported")
 
     def _serve(self, link: Link) -> None:
         """Read and write until the connection is lost (LinkError) or the transport closed."""

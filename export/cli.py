@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_sdk.batch import load_dataset
-from edge_sdk.console import add_debug, new_parser, run
+from edge_sdk.console import add_debug, new_parser, require, run
 from edge_sdk.errors import ConfigError
 
 __all__ = ["main"]
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    require("export", "torch", "onnx", "onnxscript", "rich")
     if arguments.epsilon is not None and not 0 <= arguments.epsilon <= 1:
         raise ConfigError("--epsilon is 0 to 1, in units of the input's range")
     if arguments.seed < 0:

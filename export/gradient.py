@@ -61,8 +61,8 @@ def export_graphs(
 
     batch = torch.export.Dim(BATCH_AXIS, min=1, max=_LARGEST_BATCH)
     try:
-        graph = _trace(flat, inputs)
         with _quiet():
+            graph = _trace(flat, inputs)
             exported = torch.export.export(
                 graph,
                 tuple(entry.example for entry in inputs),

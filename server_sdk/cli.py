@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.bundle import load_bundle
-from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run
+from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, require, run
 from edge_sdk.errors import ConfigError
 from edge_sdk.paho_transport import PahoTransport
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    require("server", "torch", "safetensors", "rich")
     for option, least in (("devices", 1), ("rounds", 1), ("batch", 1), ("evaluate_every", 0), ("threads", 1)):
         if getattr(arguments, option) < least:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from paho.mqtt.client import Client
 
 from edge_sdk.errors import ConfigError, TransportError
 from edge_sdk.paho_transport import PahoTransport
@@ -184,6 +185,17 @@ def test_a_chosen_version_that_the_broker_refuses_is_named() -> None:
         with pytest.raises(TransportError, match="refuses MQTT 5: set protocol to auto"):
             PahoTransport(broker.connection(protocol="5", connect_timeout_s=30), "a").open()
         assert time.monotonic() - started < 5
+
+
+def test_a_broker_that_refuses_3_1_1_is_not_asked_for_3_1() -> None:
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(b"\x20\x02\x00\x01")
+        drain(conn)
+
+    with ScriptedBroker(script) as broker:
+        with pytest.raises(TransportError, match="Protocol error"):
+            PahoTransport(broker.connection(connect_timeout_s=0.5), "a").open()
+        assert {(connect[2:6], connect[6]) for connect in broker.connects} == {(b"MQTT", 4)}
 
 
 # ---------------------------------------------------------------- absent, mute and refusing brokers
@@ -453,6 +465,48 @@ def test_messages_under_way_are_sent_again_before_later_ones() -> None:
         eventually(lambda: len(got) == 5)
         assert got == [(1, b"1"), (1, b"2"), (2, b"1"), (2, b"2"), (2, b"3")]
         eventually(lambda: transport._in_flight == 0)
+
+
+def test_subscriptions_are_renewed_before_messages_under_way_are_sent_again() -> None:
+    kinds: list[int] = []
+
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_311)
+        while True:
+            kind, body = read_packet(conn)
+            if number == 2:
+                kinds.append(kind & 0xF0)
+            if kind == 0x82:
+                conn.sendall(b"\x90\x03" + body[:2] + b"\x01")
+            elif number == 1:
+                conn.shutdown(socket.SHUT_RDWR)
+            else:
+                conn.sendall(b"\x40\x02" + body[3:5])
+
+    with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(), "a")) as transport:
+        transport.subscribe("down")
+        transport.publish("t", b"1")
+        eventually(lambda: transport.generation == 2 and transport._in_flight == 0)
+        assert kinds == [0x80, 0x30]
+
+
+def test_only_the_network_thread_writes_to_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: set[str] = set()
+    write = Client.loop_write
+
+    def watched(client: Client) -> object:
+        writers.add(threading.current_thread().name)
+        return write(client)
+
+    monkeypatch.setattr(Client, "loop_write", watched)
+    with (
+        EmbeddedBroker("amqtt") as broker,
+        opened(PahoTransport(Connection(broker.host, broker.port, protocol="3.1.1"), "a")) as transport,
+    ):
+        transport.subscribe("t")
+        transport.publish("t", b"1")
+        receive(transport).acknowledge()
+    assert writers == {"mqtt-a"}
 
 
 # ---------------------------------------------------------------- TLS
