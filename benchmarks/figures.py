@@ -48,7 +48,9 @@ def print_figures(
                     "figures": {name: round(value, 4) for name, value in figures.items()},
                     "command": "python -m " + " ".join(["benchmarks." + _module(), *sys.argv[1:]]),
                     "machine": machine,
-                    "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
+                    "samples": {
+                        name: [round(value, 4) for value in values] for name, values in samples.items()
+                    },
                 }
             )
         )

@@ -35,7 +35,9 @@ def main() -> int:
     """Measure and print."""
     parser = options("step", __doc__.split("\n")[0])
     parser.add_argument("--broker", choices=("auto", "mosquitto", "amqtt"), default="auto")
-    parser.add_argument("--codec", choices=("float32", "float16"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--codec", choices=("float32", "float16"), default="float32", help="default: %(default)s"
+    )
     parser.add_argument("--chunk-bytes", type=int, default=65536, help="default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,7 +77,10 @@ def main() -> int:
                     device=("--codec", arguments.codec, "--chunk-bytes", str(arguments.chunk_bytes)),
                 )
                 speeds[name].append(devices * _rounds_a_second(fleet, broker))
-    figures = {f"step.{name}_vs_in_process": ratio(speeds[name], speeds["in_process"]) for name in ("one_device", "two_devices")}
+    figures = {
+        f"step.{name}_vs_in_process": ratio(speeds[name], speeds["in_process"])
+        for name in ("one_device", "two_devices")
+    }
     figures |= {f"step.{name}_steps_s": float(np.median(values)) for name, values in speeds.items()}
     print_figures(figures, speeds, as_json=arguments.json)
     return 0
@@ -93,7 +98,7 @@ def _in_process(samples: Samples, steps: int) -> float:
         start = step * _BATCH % len(samples)
         loss = torch.nn.functional.cross_entropy(model(x[start : start + _BATCH]), y[start : start + _BATCH])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     return steps / (time.perf_counter() - began)
 

@@ -88,13 +88,17 @@ def as_batch(x: npt.ArrayLike, input_shape: tuple[int, ...], *, max_batch: int) 
     expected = "x".join(map(str, input_shape))
     if array.ndim != len(input_shape) + 1 or array.shape[1:] != input_shape:
         got = "x".join(map(str, array.shape)) or "a scalar"
-        raise BatchError(f"the bundle takes batches of shape Nx{expected}, this one is {got}: reshape it or use its bundle")
+        raise BatchError(
+            f"the bundle takes batches of shape Nx{expected}, this one is {got}: reshape it or use its bundle"
+        )
     if not 1 <= len(array) <= max_batch:
         raise BatchError(f"a batch has 1 to {max_batch} samples, this one has {len(array)}: split it")
     if array.dtype.kind == "u":
         return np.ascontiguousarray(array, dtype=np.float32) / np.float32(np.iinfo(array.dtype).max)
     if array.dtype.kind != "f":
-        raise BatchError(f"samples are unsigned integers or floats, these are {array.dtype}: convert them first")
+        raise BatchError(
+            f"samples are unsigned integers or floats, these are {array.dtype}: convert them first"
+        )
     batch = np.ascontiguousarray(array, dtype=np.float32)
     # The comparison is false for NaN, so this one pass finds NaN, infinity and range errors.
     if not ((batch >= 0) & (batch <= 1)).all():
@@ -117,13 +121,17 @@ def as_labels(y: npt.ArrayLike, count: int, classes: int) -> npt.NDArray[np.int6
     """
     labels = np.asarray(y)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise BatchError(f"{count} samples need {count} integer labels, got {labels.dtype} of shape {labels.shape}")
+        raise BatchError(
+            f"{count} samples need {count} integer labels, got {labels.dtype} of shape {labels.shape}"
+        )
     if count and not (0 <= labels.min() and labels.max() < classes):
         raise BatchError(f"labels are 0 to {classes - 1}, got {labels.min()} to {labels.max()}: relabel them")
     return labels.astype(np.int64)
 
 
-def batches(samples: Samples, batch_size: int, *, seed: int, device: str, shift: int = 0) -> Iterator[Samples]:
+def batches(
+    samples: Samples, batch_size: int, *, seed: int, device: str, shift: int = 0
+) -> Iterator[Samples]:
     """Endless full batches in an order that depends on the seed and the device alone.
 
     Every pass over the samples draws a new permutation; a batch may span two passes.
@@ -150,7 +158,9 @@ def _shifted(x: npt.NDArray[Any], by: int, generator: np.random.Generator) -> np
     axes = x.shape[2:]
     grown = np.pad(x, ((0, 0), (0, 0), *((by, by) for _ in axes)), mode="edge")
     offsets = generator.integers(0, 2 * by + 1, (len(x), len(axes)))
-    cut = [tuple(slice(start, start + size) for start, size in zip(row, axes, strict=True)) for row in offsets]
+    cut = [
+        tuple(slice(start, start + size) for start, size in zip(row, axes, strict=True)) for row in offsets
+    ]
     return np.stack([image[(slice(None), *window)] for image, window in zip(grown, cut, strict=True)])
 
 
@@ -166,11 +176,15 @@ def load_dataset(path: str | Path) -> Dataset:
     arrays = _read(path)
     train, test = (_samples(path, arrays[i], arrays[i + 1], part) for i, part in ((0, "train"), (2, "test")))
     if train.x.shape[1:] != test.x.shape[1:]:
-        raise BatchError(f"{path}: training samples are {train.x.shape[1:]}, test samples {test.x.shape[1:]}: they must agree")
+        raise BatchError(
+            f"{path}: training samples are {train.x.shape[1:]}, test samples {test.x.shape[1:]}: they must agree"
+        )
     present = np.unique(train.y)
     classes = len(present)
     if classes < 2:
-        raise BatchError(f"{path} has a single class ({present[0]}) in its training labels: a classifier needs at least two")
+        raise BatchError(
+            f"{path} has a single class ({present[0]}) in its training labels: a classifier needs at least two"
+        )
     if classes > _MAX_CLASSES or present[0] != 0 or present[-1] != classes - 1:
         raise BatchError(
             f"{path}: training labels must be 0 to K-1 without gaps and K at most {_MAX_CLASSES}, "
@@ -185,7 +199,9 @@ def load_dataset(path: str | Path) -> Dataset:
     if height % 2 or width % 2:
         padding = ((0, 0), (0, 0), (0, height % 2), (0, width % 2))
         grown = [replace(part, x=np.pad(part.x, padding)) for part in (train, test)]
-        note = f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
+        note = (
+            f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
+        )
         dataset = Dataset(grown[0], grown[1], classes, (note,))
     return dataset
 
@@ -194,17 +210,23 @@ def _read(path: Path) -> list[npt.NDArray[Any]]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise BatchError(f"{path} is a single array: save x_train, y_train, x_test, y_test with numpy.savez")
+            raise BatchError(
+                f"{path} is a single array: save x_train, y_train, x_test, y_test with numpy.savez"
+            )
         with loaded as archive:
             for names in _NAMES:
                 if all(name in archive.files for name in names):
                     return [archive[name] for name in names]
             found = ", ".join(sorted(archive.files)[:12]) or "nothing"
-            raise BatchError(f"{path} holds {found}: it needs x_train, y_train, x_test, y_test (or MedMNIST's train_images, ...)")
+            raise BatchError(
+                f"{path} holds {found}: it needs x_train, y_train, x_test, y_test (or MedMNIST's train_images, ...)"
+            )
     except FileNotFoundError as exc:
         raise BatchError(f"there is no data file at {path}") from exc
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-        raise BatchError(f"{path} is not a readable .npz file of plain arrays: save it again with numpy.savez") from exc
+        raise BatchError(
+            f"{path} is not a readable .npz file of plain arrays: save it again with numpy.savez"
+        ) from exc
     except MemoryError as exc:
         raise BatchError(f"{path} does not fit into memory: use fewer samples") from exc
 
@@ -226,10 +248,14 @@ def _samples(path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any], part: str) ->
     elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     if x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
-        raise BatchError(f"{path}: {part} images of shape {x.shape[1:]}: needed are 1 or 3 channels and at least 8x8 pixels")
+        raise BatchError(
+            f"{path}: {part} images of shape {x.shape[1:]}: needed are 1 or 3 channels and at least 8x8 pixels"
+        )
     if x.dtype.kind not in "u":
         if x.dtype.kind not in "fi":
-            raise BatchError(f"{path}: {part} samples are {x.dtype}: needed are unsigned integers, or floats in [0, 1]")
+            raise BatchError(
+                f"{path}: {part} samples are {x.dtype}: needed are unsigned integers, or floats in [0, 1]"
+            )
         if not np.isfinite(x).all():
             raise BatchError(f"{path}: {part} samples hold NaN or infinite values: drop or repair them")
         if x.min() < 0 or x.max() > 1:

@@ -108,7 +108,9 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     path = Path(path)
     for name, data in files.items():
         if not _NAME.fullmatch(name) or name == MANIFEST or len(data) > _MAX_FILE_BYTES:
-            raise BundleError(f"{name!r} cannot be part of a bundle: short lower-case names, at most {_MAX_FILE_BYTES} bytes")
+            raise BundleError(
+                f"{name!r} cannot be part of a bundle: short lower-case names, at most {_MAX_FILE_BYTES} bytes"
+            )
     for needed in (*(f"{graph}.onnx" for graph in _GRAPHS), INITIAL):
         if needed not in files:
             raise BundleError(f"a bundle needs {needed}")
@@ -116,7 +118,9 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
         "format": _FORMAT,
         "version": FORMAT_VERSION,
         **asdict(manifest),
-        "files": {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())},
+        "files": {
+            n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())
+        },
     }
     text = json.dumps(document, indent=1, sort_keys=True).encode()
     try:
@@ -165,8 +169,12 @@ def load_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{path}: {INITIAL} is not readable ({exc}): {remedy}") from exc
     for name, array in initial.items():
         if name[:2] not in ("p.", "b.", "s.") or array.dtype != np.float32 or not np.isfinite(array).all():
-            raise BundleError(f"{path}: initial tensor {name!r} is not a finite float32 front tensor: {remedy}")
-    return Bundle(_bundle_id(text), manifest, {graph: contents[f"{graph}.onnx"] for graph in _GRAPHS}, initial)
+            raise BundleError(
+                f"{path}: initial tensor {name!r} is not a finite float32 front tensor: {remedy}"
+            )
+    return Bundle(
+        _bundle_id(text), manifest, {graph: contents[f"{graph}.onnx"] for graph in _GRAPHS}, initial
+    )
 
 
 def _bundle_id(manifest: bytes) -> str:
@@ -179,7 +187,9 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
         raise BundleError(f"{path} is not a bundle: it needs one {MANIFEST} and at most {_MAX_FILES} files")
     for name in entries:
         if not _NAME.fullmatch(name):
-            raise BundleError(f"{path} holds a file with the name {name!r}, which no bundle has: do not use it")
+            raise BundleError(
+                f"{path} holds a file with the name {name!r}, which no bundle has: do not use it"
+            )
     text = _unpack(archive, entries[MANIFEST], _MAX_MANIFEST_BYTES, path)
     try:
         document = json.loads(text)
@@ -209,11 +219,15 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
 
 def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int, path: Path) -> bytes:
     if entry.file_size > limit:
-        raise BundleError(f"{path}: {entry.filename} declares {entry.file_size} bytes, the limit is {limit}: do not use it")
+        raise BundleError(
+            f"{path}: {entry.filename} declares {entry.file_size} bytes, the limit is {limit}: do not use it"
+        )
     with archive.open(entry) as stream:
         data = stream.read(entry.file_size + 1)
     if len(data) != entry.file_size:
-        raise BundleError(f"{path}: {entry.filename} is not as long as declared: copy or export the bundle again")
+        raise BundleError(
+            f"{path}: {entry.filename} is not as long as declared: copy or export the bundle again"
+        )
     return data
 
 

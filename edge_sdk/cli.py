@@ -41,14 +41,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
     train.add_argument("--device", required=True, help="name of this device in the fleet")
     train.add_argument("--seed", type=int, default=0, help="order of the batches (default %(default)s)")
-    train.add_argument("--shift", type=int, default=0, metavar="PIXELS", help="augment: move training images by up to this (default %(default)s)")
-    train.add_argument("--codec", choices=("float32", "float16"), default="float16", help="activations on the wire (default %(default)s)")
-    train.add_argument("--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)")
-    train.add_argument("--wait-s", type=float, default=120.0, help="wait this long for the server (default %(default)s)")
-    train.add_argument("--give-up-s", type=float, default=600.0, help="end when a step stays without a reply (default %(default)s)")
-    train.add_argument("--measure-clean", action="store_true", help="evaluate once more at the end WITHOUT the perturbation")
-    train.add_argument("--save-front", type=Path, metavar="FILE", help="write the trained front's tensors here (CBOR)")
-    train.add_argument("--report", type=Path, metavar="FILE", help="write steps, bytes and memory of this process here (JSON)")
+    train.add_argument(
+        "--shift",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="augment: move training images by up to this (default %(default)s)",
+    )
+    train.add_argument(
+        "--codec",
+        choices=("float32", "float16"),
+        default="float16",
+        help="activations on the wire (default %(default)s)",
+    )
+    train.add_argument(
+        "--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)"
+    )
+    train.add_argument(
+        "--wait-s", type=float, default=120.0, help="wait this long for the server (default %(default)s)"
+    )
+    train.add_argument(
+        "--give-up-s",
+        type=float,
+        default=600.0,
+        help="end when a step stays without a reply (default %(default)s)",
+    )
+    train.add_argument(
+        "--measure-clean", action="store_true", help="evaluate once more at the end WITHOUT the perturbation"
+    )
+    train.add_argument(
+        "--save-front", type=Path, metavar="FILE", help="write the trained front's tensors here (CBOR)"
+    )
+    train.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write steps, bytes and memory of this process here (JSON)",
+    )
     train.add_argument("--json", action="store_true", help="print every event as one JSON line")
     add_broker_options(train)
     add_debug(train)
@@ -65,12 +94,16 @@ def _run(arguments: argparse.Namespace) -> int:
             "use the bundle that was exported for this data"
         )
     if dataset.classes > len(bundle.manifest.classes):
-        raise BatchError(f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}")
+        raise BatchError(
+            f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}"
+        )
     if not 1024 <= arguments.chunk_bytes <= 1 << 20:
         raise ConfigError("--chunk-bytes is 1024 to 1048576")
     if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
         raise ConfigError("--shift is 0 or less than the image's size, --seed at least 0")
-    transport = PahoTransport(connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}")
+    transport = PahoTransport(
+        connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}"
+    )
     client = EdgeClient(
         bundle,
         transport,
@@ -104,10 +137,10 @@ def _run(arguments: argparse.Namespace) -> int:
         report = {
             "name": arguments.device,
             "steps": client.steps,
-            "resent": client.resent,
-            "bytes_sent": client.bytes_sent,
-            "bytes_received": client.bytes_received,
-            "rejected": client.rejected,
+            "resent": client.traffic.resent,
+            "bytes_sent": client.traffic.bytes_sent,
+            "bytes_received": client.traffic.bytes_received,
+            "rejected": client.traffic.rejected,
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "torch_loaded": "torch" in sys.modules,
         }

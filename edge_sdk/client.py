@@ -1,15 +1,8 @@
-"""EdgeClient, the device's public face: it composes the stations between a sensor batch and the front's update.
-
-A step is done when its reply has come: until then the same bytes are sent again, after a pause that doubles, and at
-once when the connection was lost and is back. A PUBACK of the broker is no reply.
-"""
+"""EdgeClient, the device's public face: it composes the stations between a sensor batch and the front's update."""
 
 from __future__ import annotations
 
-import platform
-import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -17,40 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk import topics
 from edge_sdk.batch import as_batch, as_labels
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import BatchError, ConfigError, RefusedError, TransportError, WireError
+from edge_sdk.errors import ConfigError, RefusedError
+from edge_sdk.exchange import Exchange, Plan, Traffic
 from edge_sdk.front import Front, FrontState
 from edge_sdk.state import MemoryState, OutboxStep, State
-from edge_sdk.transport import Received, Transport, Will
-from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
-from edge_sdk.version import __version__
+from edge_sdk.transport import Transport
+from edge_sdk.wire import Message, encode
 
-__all__ = ["Decision", "EdgeClient", "Plan", "TrainStep"]
-
-NO_RUN = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the server announced (retained, so that a device that joins late has it too).
-
-    Attributes:
-        run: id of the training run; a message of another run is refused.
-        bundle: id of the bundle that the server trains.
-        status: ``waiting`` for devices, ``training`` or ``finished``.
-        rounds: rounds of the whole run.
-        evaluate_every: rounds between two evaluations, 0 for none before the end.
-        batch: samples of each device in one step.
-    """
-
-    run: str
-    bundle: str
-    status: str
-    rounds: int
-    evaluate_every: int
-    batch: int
+__all__ = ["Decision", "EdgeClient", "TrainStep"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,8 @@ class Decision:
     @property
     def classes(self) -> npt.NDArray[np.int64]:
         """int64 (N): the most probable class of each sample."""
-        return self.probabilities.argmax(axis=1)
+        classes: npt.NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return classes
 
 
 class EdgeClient:
@@ -125,27 +95,21 @@ class EdgeClient:
         threads: int = 1,
     ) -> None:
         self._bundle = bundle
-        self._transport = transport
-        self._device = topics.check_name(device)
-        self._fleet = topics.check_name(fleet)
+        self._device = device
         self._front = Front(bundle, threads=threads)
         self._state: State = MemoryState(self._front.initial_state()) if state is None else state
         self._codec = codec
         self._chunk_bytes = chunk_bytes
-        self._resend_s = resend_s
-        self._give_up_s = give_up_s
-        self._limits = Limits()
-        self._assembler = Assembler(self._limits)
-        self._model_topic = topics.down_model(self._fleet)
-        self._generation = -1
-        self._status: dict[str, Any] = {"status": "online"}
-        self._plan: Plan | None = None
-        self._joined = False
-        self.bytes_sent = 0
-        self.bytes_received = 0
+        self._exchange = Exchange(
+            transport,
+            fleet=fleet,
+            device=device,
+            session=self._state.session,
+            bundle=bundle.id,
+            resend_s=resend_s,
+            give_up_s=give_up_s,
+        )
         self.steps = 0
-        self.resent = 0
-        self.rejected: dict[str, int] = {}
         self._trained_samples = 0
         self._trained_bytes = 0
 
@@ -176,9 +140,14 @@ class EdgeClient:
         Raises:
             ConfigError: the client was not started.
         """
-        if self._plan is None:
+        if self._exchange.plan is None:
             raise ConfigError("the client has no plan yet: call start() first")
-        return self._plan
+        return self._exchange.plan
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this client has sent, received and rejected so far."""
+        return self._exchange.traffic
 
     def __enter__(self) -> EdgeClient:
         self.start()
@@ -199,36 +168,11 @@ class EdgeClient:
             TransportError: no broker, or no server within ``wait_s``.
             RefusedError: the server trains another bundle.
         """
-        will = self._encode_state({"status": "offline"})
-        self._transport.open(Will(topics.up_state(self._fleet, self._device), will, retain=True))
-        self._transport.subscribe(topics.down_step(self._fleet, self._device))
-        self._transport.subscribe(self._model_topic)
-        deadline = time.monotonic() + wait_s
-        while self._plan is None or self._plan.status == "finished":
-            self._greet()
-            if time.monotonic() > deadline:
-                raise TransportError(
-                    f"no server announced a run in fleet {self._fleet!r} within {wait_s:g} s: "
-                    "start psgl-server train on this broker, with the same --fleet"
-                )
-            self._receive(min(1.0, wait_s))
-        if self._plan.bundle != self._bundle.id:
-            raise RefusedError(
-                "bundle",
-                f"the server trains bundle {self._plan.bundle}, this device has {self._bundle.id}: copy the server's bundle here",
-            )
-        self._joined = True
-        return self._plan
+        return self._exchange.open(wait_s)
 
     def stop(self) -> None:
         """Say goodbye and close the transport; never raises."""
-        try:
-            if self._status.get("status") != "done":
-                self.tell(status="offline")
-        except (TransportError, WireError):
-            pass
-        finally:
-            self._transport.close()
+        self._exchange.close()
 
     def tell(self, **fields: Any) -> None:
         """Publish the device's state (retained): status, progress and whatever figures it has.
@@ -236,10 +180,7 @@ class EdgeClient:
         Raises:
             TransportError: the broker takes no more.
         """
-        self._status = {**self._status, **fields}
-        self._transport.publish(
-            topics.up_state(self._fleet, self._device), self._encode_state(self._status), retain=True
-        )
+        self._exchange.tell(**fields)
 
     def train_step(self, x: npt.ArrayLike, y: npt.ArrayLike) -> TrainStep | None:
         """Send one batch's activations, wait for the gradient, update the front.
@@ -261,21 +202,19 @@ class EdgeClient:
         before = self._state.front
         attacked = labels if self._bundle.manifest.perturb_towards == "label" else None
         forward = self._front.forward(before, batch, attacked, training=True)
-        message = self._message(
-            "train", before, {"activations": forward.activations, "labels": labels}
-        )
+        message = self._message("train", before, {"activations": forward.activations, "labels": labels})
         outbox = OutboxStep(message.step, self._frames(message), forward.perturbed, forward.map)
         self._state.begin(outbox)
         try:
-            reply, resent = self._exchange(outbox)
+            reply, resent = self._exchange.ask(outbox)
         except RefusedError as exc:
             self._state.finish(outbox.step)
             if exc.reason == "finished":
                 return None
             raise
-        gradient = reply.tensors["gradient"]
-        if reply.kind != "gradient" or gradient.shape != forward.activations.shape:
-            raise RefusedError("shape", "the server's gradient does not fit the activations: compare the versions of psgl")
+        gradient = reply.tensors.get("gradient")
+        if gradient is None or gradient.shape != forward.activations.shape or not 0 <= reply.fields["rate"] <= 1:
+            raise RefusedError("shape", "the server's gradient does not fit the step: compare the versions of psgl")
         rate = self._bundle.manifest.learning_rate * float(reply.fields["rate"])
         after = self._front.backward(before, forward.perturbed, forward.map, gradient, rate=rate)
         self._state.finish(outbox.step, after)
@@ -301,11 +240,11 @@ class EdgeClient:
         outbox = OutboxStep(message.step, self._frames(message))
         self._state.begin(outbox)
         try:
-            reply, _ = self._exchange(outbox)
+            reply, _ = self._exchange.ask(outbox)
         finally:
             self._state.finish(outbox.step)
-        probabilities = reply.tensors["probabilities"]
-        if reply.kind != "decision" or probabilities.shape != (len(batch), len(self._bundle.manifest.classes)):
+        probabilities = reply.tensors.get("probabilities")
+        if probabilities is None or probabilities.shape != (len(batch), len(self._bundle.manifest.classes)):
             raise RefusedError("shape", "the server's decision does not fit the batch: compare the versions of psgl")
         streams = {
             name.removeprefix("class."): value for name, value in reply.tensors.items() if name.startswith("class.")
@@ -315,98 +254,13 @@ class EdgeClient:
 
     def _message(self, kind: str, front: FrontState, tensors: Mapping[str, npt.NDArray[Any]]) -> Message:
         return Message(
-            kind, self.plan.run, self._state.session, self._state.next_step(), {"front": front.version}, tensors
+            kind,
+            self.plan.run,
+            self._state.session,
+            self._state.next_step(),
+            {"front": front.version},
+            tensors,
         )
 
     def _frames(self, message: Message) -> tuple[bytes, ...]:
         return tuple(encode(message, codec=self._codec, chunk_bytes=self._chunk_bytes))
-
-    def _encode_state(self, fields: Mapping[str, Any]) -> bytes:
-        versions = {"psgl": __version__, "python": platform.python_version()}
-        body = {"manifest": self._bundle.id, "versions": versions, **fields}
-        (frame,) = encode(Message("state", NO_RUN, self._state.session, 0, body, {}), chunk_bytes=1 << 20)
-        return frame
-
-    def _greet(self) -> None:
-        """Tell the state anew after every new connection."""
-        generation = self._transport.generation
-        if generation != self._generation:
-            self._generation = generation
-            self.tell()
-
-    def _exchange(self, outbox: OutboxStep) -> tuple[Message, int]:
-        """Send until the reply comes; returns it and the number of repeats."""
-        start = time.monotonic()
-        pause = self._resend_s
-        resent = -1
-        while True:
-            resent += 1
-            generation = self._transport.generation
-            self._greet()
-            self._send(outbox)
-            # Jitter keeps a fleet that lost its broker from coming back in one wave.
-            resend_at = time.monotonic() + pause * random.uniform(1.0, 1.25)
-            pause = min(2 * pause, 8 * self._resend_s)
-            while self._transport.generation == generation and (now := time.monotonic()) < resend_at:
-                reply = self._receive(min(0.25, resend_at - now))
-                if reply is None or (reply.session, reply.step) != (self._state.session, outbox.step):
-                    continue
-                self.resent += resent
-                if reply.kind == "refused":
-                    reason, detail = str(reply.fields["reason"]), str(reply.fields["detail"])
-                    raise RefusedError(reason, f"the server refused step {outbox.step} ({reason}): {detail}")
-                return reply, resent
-            if time.monotonic() - start > self._give_up_s:
-                raise TransportError(
-                    f"no reply to step {outbox.step} for {self._give_up_s:g} s: is the server up? look at psgl-server's output"
-                )
-
-    def _send(self, outbox: OutboxStep) -> None:
-        topic = topics.up_step(self._fleet, self._device)
-        try:
-            for frame in outbox.frames:
-                self._transport.publish(topic, frame)
-                self.bytes_sent += len(frame)
-        except TransportError:
-            # The queue is full because the broker is away: the same bytes go out after the pause.
-            if max(map(len, outbox.frames)) > self._transport.max_packet_bytes:
-                raise
-
-    def _receive(self, timeout_s: float) -> Message | None:
-        """Take one message from the broker: an announcement is noted, a reply is returned, anything else is counted."""
-        received = self._transport.receive(timeout_s)
-        if received is None:
-            return None
-        self.bytes_received += len(received.payload)
-        try:
-            message = self._assembler.add(decode_frame(received.payload, self._limits))
-            if message is None:
-                return None
-            if received.topic == self._model_topic:
-                self._note(message)
-                return None
-            return message if message.kind in ("gradient", "decision", "refused") else None
-        except WireError as exc:
-            self.rejected[exc.reason] = self.rejected.get(exc.reason, 0) + 1
-            return None
-        finally:
-            received.acknowledge()
-
-    def _note(self, message: Message) -> None:
-        if message.kind != "model":
-            return
-        fields = message.fields
-        plan = Plan(
-            run=message.run,
-            bundle=str(fields["bundle"]),
-            status=str(fields["status"]),
-            rounds=int(fields["rounds"]),
-            evaluate_every=int(fields["evaluate_every"]),
-            batch=int(fields["batch"]),
-        )
-        joined = self._plan if self._joined else None
-        if joined is not None and (plan.run != joined.run or plan.status == "finished"):
-            raise RefusedError(
-                "run", f"the server ended run {joined.run}: start psgl-server train, then this device again"
-            )
-        self._plan = plan

@@ -92,7 +92,9 @@ class Front:
             if name[:2] in ("p.", "b.", "s.") and name not in bundle.initial
         }
         if missing:
-            raise BundleError(f"the bundle's graphs want {sorted(missing)[0]!r}, which it does not hold: export it again")
+            raise BundleError(
+                f"the bundle's graphs want {sorted(missing)[0]!r}, which it does not hold: export it again"
+            )
 
     def initial_state(self) -> FrontState:
         """The state that the bundle ships."""
@@ -175,7 +177,9 @@ class Front:
         try:
             values = self._sessions[name].run(None, {key: arrays[key] for key in self._inputs[name]})
         except KeyError as exc:
-            raise BundleError(f"the bundle's {name!r} graph wants an input {exc}, which this SDK does not know: upgrade psgl") from exc
+            raise BundleError(
+                f"the bundle's {name!r} graph wants an input {exc}, which this SDK does not know: upgrade psgl"
+            ) from exc
         except Exception as exc:  # onnxruntime raises types of its own native module
             reason = str(exc).strip().splitlines()[0][:160]
             raise BatchError(f"the {name!r} graph refused its input ({reason})") from exc

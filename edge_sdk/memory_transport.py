@@ -190,9 +190,7 @@ class MemoryTransport:
             self._require_open()
             if size > self._max_packet_bytes:
                 limit = self._max_packet_bytes
-                raise TransportError(
-                    f"a packet of {size} bytes is above the limit of {limit}: send smaller chunks"
-                )
+                raise TransportError(f"a packet of {size} bytes is above the limit of {limit}: send smaller chunks")
             if self._connected:
                 self._broker._publish(topic, bytes(payload), retain)
             elif len(self._outbox) < self._max_queued:

@@ -112,9 +112,7 @@ class MqttTransport:
             size = len(payload) + len(topic.encode()) + _OVERHEAD_BYTES
             if size > self._max_packet_bytes:
                 limit = self._max_packet_bytes
-                raise TransportError(
-                    f"a packet of {size} bytes is above the limit of {limit}: send smaller chunks"
-                )
+                raise TransportError(f"a packet of {size} bytes is above the limit of {limit}: send smaller chunks")
             deadline = time.monotonic() + self._connection.connect_timeout_s
             most = self._connection.max_queued
             while self._in_flight + len(self._pending) >= most:
@@ -147,14 +145,10 @@ class MqttTransport:
 
             address = self._connection.address
             if not self._changed.wait_for(answered, self._connection.connect_timeout_s):
-                raise TransportError(
-                    f"the broker at {address} does not confirm {pattern!r}: is it overloaded?"
-                )
+                raise TransportError(f"the broker at {address} does not confirm {pattern!r}: is it overloaded?")
             if any(link.subscribed.pop(mid, [])):
                 self._patterns = tuple(known for known in self._patterns if known != pattern)
-                raise TransportError(
-                    f"the broker at {address} refuses the subscription {pattern!r}: correct its ACL"
-                )
+                raise TransportError(f"the broker at {address} refuses the subscription {pattern!r}: correct its ACL")
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message, or None. See :meth:`Transport.receive`."""
@@ -169,9 +163,7 @@ class MqttTransport:
         with self._changed:
             if self._thread is None or self._closing.is_set():
                 return
-            self._changed.wait_for(
-                lambda: not self._connected or not (self._in_flight or self._pending), _FLUSH_S
-            )
+            self._changed.wait_for(lambda: not self._connected or not (self._in_flight or self._pending), _FLUSH_S)
             unsent = self._in_flight + len(self._pending)
             if self._connected and self._link is not None:
                 self._link.goodbye()

@@ -105,9 +105,7 @@ class _PahoLink:
             except (OSError, ValueError) as exc:
                 given = (connection.ca_file, connection.cert_file, connection.key_file)
                 files = ", ".join(name for name in given if name is not None)
-                raise TransportError(
-                    f"TLS files cannot be loaded ({files or 'of the system'}): {exc}"
-                ) from exc
+                raise TransportError(f"TLS files cannot be loaded ({files or 'of the system'}): {exc}") from exc
         if will is not None and not plan.bare:
             client.will_set(will.topic, will.payload, qos=1, retain=will.retain)
         client.on_connect = self._on_connect
@@ -200,9 +198,7 @@ class _PahoLink:
     def _on_publish(self, _client: Client, _data: Any, _mid: int, code: ReasonCode, _props: Any) -> None:
         self.published.append(code.getName() if code.is_failure else None)
 
-    def _on_subscribe(
-        self, _client: Client, _data: Any, mid: int, codes: list[ReasonCode], _props: Any
-    ) -> None:
+    def _on_subscribe(self, _client: Client, _data: Any, mid: int, codes: list[ReasonCode], _props: Any) -> None:
         self.subscribed[mid] = [code.getName() if code.is_failure else None for code in codes]
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:

@@ -53,7 +53,6 @@ class Evaluation:
         """The counts as plain values, for a message or a file."""
         return asdict(self)
 
-
     @classmethod
     def from_fields(cls, fields: Any) -> Evaluation:
         """Counts that arrived in a message.
@@ -137,8 +136,15 @@ def follow(
         if step is None:
             break
         done = step.round
-        on_event({"event": "step", "step": step.step, "round": done, "loss": step.loss, "resent": step.resent})
-        if test is not None and plan.evaluate_every and done % plan.evaluate_every == 0 and done < plan.rounds:
+        on_event(
+            {"event": "step", "step": step.step, "round": done, "loss": step.loss, "resent": step.resent}
+        )
+        if (
+            test is not None
+            and plan.evaluate_every
+            and done % plan.evaluate_every == 0
+            and done < plan.rounds
+        ):
             figures = evaluate(client, test.take(np.arange(min(len(test), _INTERIM_SAMPLES)))).as_fields()
             client.tell(round=done, evaluation=figures)
             on_event({"event": "evaluation", "round": done, **figures})
@@ -153,8 +159,8 @@ def follow(
         status="done",
         round=done,
         steps=client.steps,
-        bytes_sent=client.bytes_sent,
-        bytes_received=client.bytes_received,
+        bytes_sent=client.traffic.bytes_sent,
+        bytes_received=client.traffic.bytes_received,
         bytes_per_sample=client.bytes_per_sample,
         **final,
     )

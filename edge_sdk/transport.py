@@ -2,8 +2,8 @@
 
 A transport delivers *at least once* and in order per connection. It stands for one client with a stable id
 and reconnects by itself for as long as it is open. Its user acknowledges a message once it is stored; what
-was not acknowledged comes again after a reconnect where the broker kept the session. Delivery end to end is the
-client's business (it resends until the server replies), so nothing here promises more than MQTT does.
+was not acknowledged comes again after a reconnect where the broker kept the session. Delivery end to end is
+the client's business (it resends until the server replies), so nothing here promises more than MQTT does.
 """
 
 from __future__ import annotations
@@ -175,9 +175,7 @@ def check_topic(topic: str) -> None:
         TransportError: empty, too long, a wildcard or a NUL in it.
     """
     if not 1 <= len(topic.encode(errors="surrogatepass")) <= _MAX_TEXT_BYTES:
-        raise TransportError(
-            f"a topic has 1 to {_MAX_TEXT_BYTES} bytes, this one has {len(topic)} characters"
-        )
+        raise TransportError(f"a topic has 1 to {_MAX_TEXT_BYTES} bytes, this one has {len(topic)} characters")
     if any(character in topic for character in "+#\0"):
         raise TransportError(f"topic {topic!r} has a wildcard or NUL: publish on a plain topic")
 
@@ -195,9 +193,7 @@ def check_pattern(pattern: str) -> None:
         or any(len(level) > 1 and ("+" in level or "#" in level) for level in levels)
         or "#" in levels[:-1]
     ):
-        raise TransportError(
-            f"pattern {pattern[:80]!r} is none: '+' stands for a whole level, '#' for the whole rest"
-        )
+        raise TransportError(f"pattern {pattern[:80]!r} is none: '+' stands for a whole level, '#' for the whole rest")
 
 
 def matches(pattern: str, topic: str) -> bool:
@@ -208,6 +204,4 @@ def matches(pattern: str, topic: str) -> bool:
     if wanted[-1] == "#":
         wanted = wanted[:-1]
         given = given[: len(wanted)]
-    return len(wanted) == len(given) and all(
-        want in ("+", level) for want, level in zip(wanted, given, strict=True)
-    )
+    return len(wanted) == len(given) and all(want in ("+", level) for want, level in zip(wanted, given, strict=True))

@@ -22,6 +22,7 @@ from export.gradient import TRACE_BATCH, export_graphs
 from export.layers import check_layers
 from export.model import GraphInput, GraphPlan
 from export.optimizer import Optimizer, initial_state, step
+from export.rewrite import cheap_gradient
 from server_sdk.reference.perturbation import Perturbation, front_input, perturb
 
 __all__ = ["GraphSet", "Optimizer", "build_graphs"]
@@ -98,6 +99,7 @@ class _Builder:
         self.downsample = downsample
         self.optimizer = optimizer
         self.front = _bare_copy(front)
+        self.pulled = cheap_gradient(self.front)
         self.alone = _without_statistics(self.front)
         self.settled = copy.deepcopy(self.front).eval()
         self.guide = (
@@ -173,7 +175,7 @@ class _Builder:
 
         def forward(weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             updated = {name: tensor.clone() for name, tensor in statistics.items()}
-            return functional_call(self.front, {**weights, **updated}, (sees,)), updated
+            return functional_call(self.pulled, {**weights, **updated}, (sees,)), updated
 
         _, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
         (gradients,) = pull(tensors["gradient"])

@@ -53,7 +53,9 @@ def trainer_from(
     try:
         data = back.read_bytes()
     except OSError as exc:
-        raise ModelError(f"the back's weights are not readable at {back}: copy them there from beside the bundle") from exc
+        raise ModelError(
+            f"the back's weights are not readable at {back}: copy them there from beside the bundle"
+        ) from exc
     if hashlib.sha256(data).hexdigest() != part.back_sha256:
         raise ModelError(f"{back} holds the weights of another bundle: copy the file from beside this bundle")
     try:

@@ -33,9 +33,7 @@ __all__ = ["EmbeddedBroker", "find_mosquitto", "main"]
 Kind = Literal["auto", "mosquitto", "amqtt"]
 
 _HOST = "127.0.0.1"
-_CONNECT_311 = (
-    b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05probe"  # clean session, keepalive 5 s, id "probe"
-)
+_CONNECT_311 = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05probe"  # clean session, keepalive 5 s, id "probe"
 _TRIES = 5  # for a port that another process takes between choosing and binding
 
 _MOSQUITTO_CONF = """\
@@ -55,9 +53,7 @@ log_dest stderr
 
 def find_mosquitto() -> str | None:
     """Path of the mosquitto program, also where the PATH of ordinary users does not look, or None."""
-    path = os.pathsep.join(
-        (os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
-    )
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin"))
     return shutil.which("mosquitto", path=path)
 
 
@@ -85,9 +81,7 @@ class EmbeddedBroker:
         if kind == "mosquitto" and self._mosquitto is None:
             raise BrokerError("mosquitto is not installed: apt install mosquitto, or use kind='amqtt'")
         if options and self._mosquitto is None:
-            raise BrokerError(
-                "options are lines of mosquitto.conf, and mosquitto is not used: install it or omit them"
-            )
+            raise BrokerError("options are lines of mosquitto.conf, and mosquitto is not used: install it or omit them")
         self.kind: Literal["mosquitto", "amqtt"] = "mosquitto" if self._mosquitto else "amqtt"
         self.host = _HOST
         self.port = port
@@ -223,9 +217,7 @@ def _require_free(port: int) -> None:
             if exc.errno == errno.EADDRINUSE:
                 text = f"port {port} of {_HOST} is in use: end the program that listens there"
                 raise BrokerError(f"{text} or choose another port (0 takes a free one)") from exc
-            raise BrokerError(
-                f"port {port} of {_HOST} cannot be used ({exc.strerror}): choose another one"
-            ) from exc
+            raise BrokerError(f"port {port} of {_HOST} cannot be used ({exc.strerror}): choose another one") from exc
 
 
 def _connack(host: str, port: int, timeout_s: float) -> bool:
@@ -257,15 +249,9 @@ async def _serve_amqtt(port: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a broker in the foreground until a signal: ``python -m server_sdk.broker --port 1883``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m server_sdk.broker", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--kind", choices=("auto", "mosquitto", "amqtt"), default="auto", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--port", type=int, default=1883, help="on 127.0.0.1, 0 for a free one; default: %(default)s"
-    )
+    parser = argparse.ArgumentParser(prog="python -m server_sdk.broker", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kind", choices=("auto", "mosquitto", "amqtt"), default="auto", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=1883, help="on 127.0.0.1, 0 for a free one; default: %(default)s")
     options = parser.parse_args(arguments)
     if options.kind == "amqtt" and options.port:
         logging.basicConfig(level=logging.ERROR)

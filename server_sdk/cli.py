@@ -37,20 +37,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("bundle", type=Path, help="bundle made by psgl-export build")
     train.add_argument("--back", type=Path, help="initial weights of the back (default: beside the bundle)")
     train.add_argument("--devices", type=int, default=1, help="devices to wait for (default %(default)s)")
-    train.add_argument("--rounds", type=int, default=300, help="optimizer steps of the back (default %(default)s)")
-    train.add_argument("--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)")
-    train.add_argument("--evaluate-every", type=int, default=50, metavar="ROUNDS", help="rounds between evaluations (default %(default)s, 0: only at the end)")
-    train.add_argument("--learning-rate", type=float, default=2e-3, help="of the back layers (default %(default)s)")
-    train.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="of the back layers (default %(default)s)")
-    train.add_argument("--deadline-s", type=float, default=60.0, help="a round waits this long for absent devices (default %(default)s)")
-    train.add_argument("--idle-s", type=float, default=600.0, help="end when no device says anything for (default %(default)s)")
-    train.add_argument("--codec", choices=("float32", "float16"), default="float16", help="gradients on the wire (default %(default)s)")
-    train.add_argument("--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)")
-    train.add_argument("--compute", choices=("cpu", "cuda"), default="cpu", help="where the back layers run (default %(default)s)")
-    train.add_argument("--threads", type=int, default=1, help="torch's threads; the same number gives the same weights (default %(default)s)")
-    train.add_argument("--allow-foreign-model", action="store_true", help="import the bundle's model from outside this SDK: runs its code")
-    train.add_argument("--out", type=Path, default=Path("runs/server"), help="folder of server.safetensors and result.json (default %(default)s)")
-    train.add_argument("--json", action="store_true", help="print every event as one JSON line instead of the display")
+    train.add_argument(
+        "--rounds", type=int, default=300, help="optimizer steps of the back (default %(default)s)"
+    )
+    train.add_argument(
+        "--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)"
+    )
+    train.add_argument(
+        "--evaluate-every",
+        type=int,
+        default=50,
+        metavar="ROUNDS",
+        help="rounds between evaluations (default %(default)s, 0: only at the end)",
+    )
+    train.add_argument(
+        "--learning-rate", type=float, default=2e-3, help="of the back layers (default %(default)s)"
+    )
+    train.add_argument(
+        "--optimizer",
+        choices=("adam", "sgd"),
+        default="adam",
+        help="of the back layers (default %(default)s)",
+    )
+    train.add_argument(
+        "--deadline-s",
+        type=float,
+        default=60.0,
+        help="a round waits this long for absent devices (default %(default)s)",
+    )
+    train.add_argument(
+        "--idle-s",
+        type=float,
+        default=600.0,
+        help="end when no device says anything for (default %(default)s)",
+    )
+    train.add_argument(
+        "--codec",
+        choices=("float32", "float16"),
+        default="float16",
+        help="gradients on the wire (default %(default)s)",
+    )
+    train.add_argument(
+        "--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)"
+    )
+    train.add_argument(
+        "--compute",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the back layers run (default %(default)s)",
+    )
+    train.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="torch's threads; the same number gives the same weights (default %(default)s)",
+    )
+    train.add_argument(
+        "--allow-foreign-model",
+        action="store_true",
+        help="import the bundle's model from outside this SDK: runs its code",
+    )
+    train.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/server"),
+        help="folder of server.safetensors and result.json (default %(default)s)",
+    )
+    train.add_argument(
+        "--json", action="store_true", help="print every event as one JSON line instead of the display"
+    )
     add_broker_options(train)
     add_debug(train)
     arguments = parser.parse_args(argv)
@@ -74,7 +129,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     torch.set_num_threads(arguments.threads)
     if arguments.compute == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch")
+        raise ConfigError(
+            "this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch"
+        )
     trainer = trainer_from(
         bundle,
         arguments.back or back_path(arguments.bundle),

@@ -113,13 +113,22 @@ class Inbox:
         elif activations.shape[1:] != self.cut_shape or not 1 <= len(activations) <= self.max_batch:
             expected = "x".join(map(str, self.cut_shape))
             got = "x".join(map(str, activations.shape))
-            reason, detail = "shape", f"activations are 1 to {self.max_batch} samples of {expected}, got {got}: use the server's bundle"
+            reason, detail = (
+                "shape",
+                f"activations are 1 to {self.max_batch} samples of {expected}, got {got}: use the server's bundle",
+            )
         elif float(np.abs(activations).max()) > MAX_ACTIVATION:
-            reason, detail = "range", f"activations beyond {MAX_ACTIVATION:g}: the front has diverged, start it from the bundle again"
+            reason, detail = (
+                "range",
+                f"activations beyond {MAX_ACTIVATION:g}: the front has diverged, start it from the bundle again",
+            )
         elif message.kind == "train" and (
             labels is None or labels.shape != (len(activations),) or int(labels.max()) >= self.classes
         ):
-            reason, detail = "labels", f"a training step needs one label from 0 to {self.classes - 1} for each sample"
+            reason, detail = (
+                "labels",
+                f"a training step needs one label from 0 to {self.classes - 1} for each sample",
+            )
         if reason:
             self.rejected[reason] += 1
             return Refusal(device, message.session, message.step, reason, detail)

@@ -101,7 +101,12 @@ def run_fleet(options: FleetOptions, broker: EmbeddedBroker, run: FleetRun) -> I
                 "edge_sdk.cli",
                 [
                     *("run", str(options.bundle), "--data", str(shard), "--device", name, "--json"),
-                    *("--save-front", str(folder / f"{name}.front.cbor"), "--report", str(folder / f"{name}.json")),
+                    *(
+                        "--save-front",
+                        str(folder / f"{name}.front.cbor"),
+                        "--report",
+                        str(folder / f"{name}.json"),
+                    ),
                     *options.device,
                 ],
             )
@@ -150,5 +155,9 @@ def _watch(children: dict[str, Child], folder: Path) -> None:
         code = child.process.poll()
         if code:
             lines = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
-            said = next((line for line in reversed(lines) if line.startswith("error: ")), "").removeprefix("error: ")
-            raise ServerError(f"{name} ended with code {code}: {said or 'see ' + str(folder / f'{name}.log')}")
+            said = next((line for line in reversed(lines) if line.startswith("error: ")), "").removeprefix(
+                "error: "
+            )
+            raise ServerError(
+                f"{name} ended with code {code}: {said or 'see ' + str(folder / f'{name}.log')}"
+            )

@@ -12,7 +12,14 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +68,9 @@ class RunDisplay:
         self._evaluation: dict[str, Any] = {}
         self._bytes = (0, 0)
         self._notes: list[str] = []
-        self._live = Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self._draw)
+        self._live = Live(
+            console=self._console, refresh_per_second=8, transient=True, get_renderable=self._draw
+        )
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
@@ -112,10 +121,14 @@ class RunDisplay:
         parts: list[RenderableType] = [self._progress]
         figures = Table.grid(padding=(0, 3))
         if self._losses:
-            figures.add_row("loss", f"{self._losses[-1]:.4f}", Text(_sparkline(self._losses), style="magenta"))
+            figures.add_row(
+                "loss", f"{self._losses[-1]:.4f}", Text(_sparkline(self._losses), style="magenta")
+            )
         if self._evaluation:
             streams = "   ".join(f"{name} {share:.1%}" for name, share in self._evaluation["streams"].items())
-            figures.add_row("accuracy", Text(f"{self._evaluation['accuracy']:.1%}", style="bold green"), streams)
+            figures.add_row(
+                "accuracy", Text(f"{self._evaluation['accuracy']:.1%}", style="bold green"), streams
+            )
         figures.add_row("bytes", megabytes(self._bytes[0]), f"received   {megabytes(self._bytes[1])} sent")
         parts.append(figures)
         if self._devices:
@@ -123,7 +136,10 @@ class RunDisplay:
             for name, device in sorted(self._devices.items()):
                 status = str(device.get("status", "online"))
                 devices.add_row(
-                    Text("●", style=_COLOURS.get(status, "white")), name, status, f"round {device.get('round', 0)}"
+                    Text("●", style=_COLOURS.get(status, "white")),
+                    name,
+                    status,
+                    f"round {device.get('round', 0)}",
                 )
             parts.append(devices)
         parts.extend(Text(note, style="yellow") for note in self._notes)

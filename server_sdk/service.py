@@ -116,9 +116,7 @@ class TrainingService:
         self._on_event = on_event
         self.run_id = secrets.token_hex(8)
         manifest = bundle.manifest
-        self._inbox = Inbox(
-            fleet, self.run_id, manifest.cut_shape, len(manifest.classes), manifest.max_batch
-        )
+        self._inbox = Inbox(fleet, self.run_id, manifest.cut_shape, len(manifest.classes), manifest.max_batch)
         self._rounds = Rounds(plan.devices, deadline_s=plan.deadline_s)
         self._replies = Replies()
         self._devices: dict[str, _Device] = {}
@@ -239,8 +237,12 @@ class TrainingService:
             # The device will ask again, and the reply is kept.
             self._on_event({"event": "unsent", "topic": topic, "why": str(exc)})
 
-    def _reply(self, to: Arrival | Refusal, kind: str, fields: dict[str, Any], tensors: Mapping[str, Any]) -> None:
-        session, step = (to.session, to.step) if isinstance(to, Refusal) else (to.message.session, to.message.step)
+    def _reply(
+        self, to: Arrival | Refusal, kind: str, fields: dict[str, Any], tensors: Mapping[str, Any]
+    ) -> None:
+        session, step = (
+            (to.session, to.step) if isinstance(to, Refusal) else (to.message.session, to.message.step)
+        )
         message = Message(kind, self.run_id, session, step, fields, tensors)
         frames = tuple(encode(message, codec=self._plan.codec, chunk_bytes=self._plan.chunk_bytes))
         if kind != "refused":
@@ -258,7 +260,9 @@ class TrainingService:
             self._step(arrival)
 
     def _refuse(self, refusal: Refusal) -> None:
-        self._on_event({"event": "refused", "device": refusal.device, "reason": refusal.reason, "why": refusal.detail})
+        self._on_event(
+            {"event": "refused", "device": refusal.device, "reason": refusal.reason, "why": refusal.detail}
+        )
         self._reply(refusal, "refused", {"reason": refusal.reason, "detail": refusal.detail}, {})
 
     def _note(self, arrival: Arrival) -> None:
@@ -269,7 +273,11 @@ class TrainingService:
             self._inbox.rejected["devices"] += 1
             return
         try:
-            reports = {kind: Evaluation.from_fields(fields[kind]) for kind in ("evaluation", "clean") if kind in fields}
+            reports = {
+                kind: Evaluation.from_fields(fields[kind])
+                for kind in ("evaluation", "clean")
+                if kind in fields
+            }
         except WireError as exc:
             self._inbox.rejected[exc.reason] += 1
             return
@@ -312,7 +320,9 @@ class TrainingService:
             classes = {f"class.{name}": value for name, value in decision.streams.items()}
             self._reply(arrival, "decision", {}, {"probabilities": decision.probabilities, **classes})
         elif self._round >= self._plan.rounds:
-            self._reply(arrival, "refused", {"reason": "finished", "detail": "the run has all its rounds"}, {})
+            self._reply(
+                arrival, "refused", {"reason": "finished", "detail": "the run has all its rounds"}, {}
+            )
         else:
             self._rounds.offer(arrival)
 
@@ -332,7 +342,12 @@ class TrainingService:
         gradients = np.split(result.gradient, np.cumsum(sizes)[:-1])
         for arrival, message, gradient in zip(closed.steps, messages, gradients, strict=True):
             self._devices[arrival.device].steps += 1
-            fields = {"front": message.fields["front"], "rate": result.rate, "loss": loss, "round": self._round}
+            fields = {
+                "front": message.fields["front"],
+                "rate": result.rate,
+                "loss": loss,
+                "round": self._round,
+            }
             self._reply(arrival, "gradient", fields, {"gradient": gradient})
         self._on_event(
             {

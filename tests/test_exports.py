@@ -34,7 +34,8 @@ def test_all_is_complete_and_importable(path: Path) -> None:
     defined = {
         node.name
         for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+        and not node.name.startswith("_")
     }
     assert defined <= set(listed), f"{sorted(defined - set(listed))} are public by name but not in __all__"
 
@@ -45,5 +46,9 @@ def test_every_public_thing_has_a_docstring(path: Path) -> None:
     assert module.__doc__, "a module says what station it is"
     for name in module.__all__:
         value = getattr(module, name)
-        if callable(value) and getattr(value, "__module__", "").split(".")[0] in ("edge_sdk", "server_sdk", "export"):
+        if callable(value) and getattr(value, "__module__", "").split(".")[0] in (
+            "edge_sdk",
+            "server_sdk",
+            "export",
+        ):
             assert value.__doc__, f"{name} has no docstring"

@@ -30,17 +30,52 @@ _EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = new_parser("make demo", "Split learning between real processes over MQTT, defence off and on.", _EXAMPLES)
-    parser.add_argument("--data", type=Path, help=".npz with x_train, y_train, x_test, y_test (default: MNIST)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of figure and results (default %(default)s)")
+    parser = new_parser(
+        "make demo", "Split learning between real processes over MQTT, defence off and on.", _EXAMPLES
+    )
+    parser.add_argument(
+        "--data", type=Path, help=".npz with x_train, y_train, x_test, y_test (default: MNIST)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder of figure and results (default %(default)s)",
+    )
     parser.add_argument("--devices", type=int, default=3, help="device processes (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=360, help="optimizer steps of each run (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)")
-    parser.add_argument("--shift", type=int, metavar="PIXELS", help="devices move training images by up to this (default: 7%% of their size)")
-    parser.add_argument("--perturb-towards", choices=("guide", "label"), default="guide", help="class that the perturbation attacks in training (default %(default)s)")
-    parser.add_argument("--codec", choices=("float32", "float16"), default="float16", help="tensors on the wire (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)")
-    parser.add_argument("--broker", choices=("auto", "mosquitto", "amqtt"), default="auto", help="(default %(default)s: mosquitto if installed)")
+    parser.add_argument(
+        "--rounds", type=int, default=360, help="optimizer steps of each run (default %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)"
+    )
+    parser.add_argument(
+        "--shift",
+        type=int,
+        metavar="PIXELS",
+        help="devices move training images by up to this (default: 7%% of their size)",
+    )
+    parser.add_argument(
+        "--perturb-towards",
+        choices=("guide", "label"),
+        default="guide",
+        help="class that the perturbation attacks in training (default %(default)s)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=("float32", "float16"),
+        default="float16",
+        help="tensors on the wire (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)"
+    )
+    parser.add_argument(
+        "--broker",
+        choices=("auto", "mosquitto", "amqtt"),
+        default="auto",
+        help="(default %(default)s: mosquitto if installed)",
+    )
     parser.add_argument("--port", type=int, default=0, help="of the embedded broker (default: a free one)")
     arguments = parser.parse_args(argv)
     return run(lambda: _demo(arguments), debug=getattr(arguments, "debug", False))
@@ -77,7 +112,9 @@ def _demo(arguments: argparse.Namespace) -> int:
             guide = prepare_guide(division.guide, division.classes, seed=arguments.seed)
         runs: dict[str, FleetRun] = {}
         for profile in ("vanilla", "paper"):
-            with console.status(f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"):
+            with console.status(
+                f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"
+            ):
                 options = BuildOptions(
                     profile,
                     shape,

@@ -81,7 +81,9 @@ def _shards(samples: Samples, devices: int, seed: int) -> list[Samples]:
     if devices == 1:
         return [samples]
     if len(samples) < devices:
-        raise BatchError(f"{len(samples)} samples cannot be divided among {devices} devices: use fewer devices")
+        raise BatchError(
+            f"{len(samples)} samples cannot be divided among {devices} devices: use fewer devices"
+        )
     folds = StratifiedKFold(devices, shuffle=True, random_state=seed)
     generator = np.random.default_rng(seed)
     shards: list[Samples] = []

@@ -54,22 +54,44 @@ def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun]) 
 
     plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": _INK, "axes.labelcolor": _INK})
     figure = plt.figure(figsize=(14, 8.2), facecolor=_PAPER)
-    outer = figure.add_gridspec(1, 2, width_ratios=(1.28, 1), left=0.045, right=0.975, top=0.84, bottom=0.085, wspace=0.13)
+    outer = figure.add_gridspec(
+        1, 2, width_ratios=(1.28, 1), left=0.045, right=0.975, top=0.84, bottom=0.085, wspace=0.13
+    )
     left = outer[0].subgridspec(len(x), 4, width_ratios=(1, 1, 1, 2), hspace=0.07, wspace=0.05)
     headings = ("input", "its attack (map)", "perturbed input", "activations on the wire")
     for row in range(len(x)):
-        pictures = (_image(x[row]), attack[row].mean(axis=0), _image(forward.perturbed[row]), _mosaic(forward.activations[row]))
+        pictures = (
+            _image(x[row]),
+            attack[row].mean(axis=0),
+            _image(forward.perturbed[row]),
+            _mosaic(forward.activations[row]),
+        )
         maps = ("gray", "magma", "gray", "viridis")
         for column, (picture, colours) in enumerate(zip(pictures, maps, strict=True)):
             axes = figure.add_subplot(left[row, column])
-            limits = {"vmin": 0.0, "vmax": max(bundle.manifest.epsilon, 1e-6)} if column == 1 else {}
-            limits = {"vmin": 0.0, "vmax": 1.0} if column in (0, 2) else limits
-            axes.imshow(picture, cmap=colours, interpolation="nearest", aspect="auto" if column == 3 else "equal", **limits)
+            top = (1.0, max(bundle.manifest.epsilon, 1e-6), 1.0, None)[column]
+            axes.imshow(
+                picture,
+                cmap=colours,
+                interpolation="nearest",
+                aspect="auto" if column == 3 else "equal",
+                vmin=None if top is None else 0.0,
+                vmax=top,
+            )
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(headings[column], fontsize=10.5, color=_INK, pad=7)
             if column == 0:
-                axes.text(-0.08, 0.5, bundle.manifest.classes[int(chosen.y[row])], transform=axes.transAxes, ha="right", va="center", fontsize=11, color=_SOFT)
+                axes.text(
+                    -0.08,
+                    0.5,
+                    bundle.manifest.classes[int(chosen.y[row])],
+                    transform=axes.transAxes,
+                    ha="right",
+                    va="center",
+                    fontsize=11,
+                    color=_SOFT,
+                )
     right = outer[1].subgridspec(2, 1, height_ratios=(1.75, 1), hspace=0.33)
     _curves(figure.add_subplot(right[0]), runs)
     _losses(figure.add_subplot(right[1]), runs)
@@ -112,7 +134,9 @@ def _mosaic(activations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         tiles.append(np.pad(scaled, 1, constant_values=np.nan))
     while len(tiles) < rows * columns:
         tiles.append(np.full_like(tiles[0], np.nan))
-    mosaic: npt.NDArray[np.float32] = np.block([[tiles[r * columns + c] for c in range(columns)] for r in range(rows)])
+    mosaic: npt.NDArray[np.float32] = np.block(
+        [[tiles[r * columns + c] for c in range(columns)] for r in range(rows)]
+    )
     return mosaic
 
 
@@ -120,10 +144,31 @@ def _curves(axes: Axes, runs: dict[str, FleetRun]) -> None:
     paper = runs["paper"].curve
     rounds = [number for number, _ in paper]
     for name in paper[-1][1]["streams"]:
-        axes.plot(rounds, [100 * e["streams"][name] for _, e in paper], color=_COLOURS[name], linewidth=1.4, label=f"stream {name}")
+        axes.plot(
+            rounds,
+            [100 * e["streams"][name] for _, e in paper],
+            color=_COLOURS[name],
+            linewidth=1.4,
+            label=f"stream {name}",
+        )
     bare = runs["vanilla"].curve
-    axes.plot([n for n, _ in bare], [100 * e["accuracy"] for _, e in bare], color=_SOFT, linewidth=2, linestyle=(0, (4, 2)), label="vanilla")
-    axes.plot(rounds, [100 * e["accuracy"] for _, e in paper], color=_INK, linewidth=2.8, marker="o", markersize=4.5, label="fused decision")
+    axes.plot(
+        [n for n, _ in bare],
+        [100 * e["accuracy"] for _, e in bare],
+        color=_SOFT,
+        linewidth=2,
+        linestyle=(0, (4, 2)),
+        label="vanilla",
+    )
+    axes.plot(
+        rounds,
+        [100 * e["accuracy"] for _, e in paper],
+        color=_INK,
+        linewidth=2.8,
+        marker="o",
+        markersize=4.5,
+        label="fused decision",
+    )
     shown = [100 * e["accuracy"] for _, e in [*paper, *bare]]
     axes.set_ylim(max(0.0, min(shown) - 3.0), min(100.5, max(shown) + 1.5))
     axes.set_title("accuracy on held-out samples, over the wire", loc="left", fontsize=11.5, pad=9)

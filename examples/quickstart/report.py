@@ -70,7 +70,10 @@ def write_result(path: Path, result: Result) -> None:
 def print_report(console: Console, result: Result, out: Path) -> None:
     """Print the table, the devices and where everything lies."""
     console.print()
-    table = Table(title=f"Accuracy on {result['test_samples']} held-out samples, decided over the wire", title_justify="left")
+    table = Table(
+        title=f"Accuracy on {result['test_samples']} held-out samples, decided over the wire",
+        title_justify="left",
+    )
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("what it is", style="dim")
@@ -80,14 +83,22 @@ def print_report(console: Console, result: Result, out: Path) -> None:
         ("stream r", result["streams"]["recovered"], "fed with the recovered activations"),
         ("stream f", result["streams"]["fused"], "fed with their convolution-sum fusion"),
         ("fused", result["fused_accuracy"], "adaptive fusion of the three decisions"),
-        ("clean test", result["clean_accuracy"], "fused, inputs not perturbed (a measurement, not a mode of use)"),
+        (
+            "clean test",
+            result["clean_accuracy"],
+            "fused, inputs not perturbed (a measurement, not a mode of use)",
+        ),
         ("guide", result["guide_accuracy"], "the small classifier on the device alone"),
     ]
     for name, share, about in rows:
         table.add_row(name, f"{share:.1%}", about, style="bold green" if name == "fused" else None)
     table.add_section()
     table.add_row("agreement", f"{result['guide_agreement']:.1%}", "decisions that are the guide's own")
-    table.add_row("follows", f"{result['follow_when_wrong']:.1%}", "where the guide is wrong, decisions that repeat its mistake")
+    table.add_row(
+        "follows",
+        f"{result['follow_when_wrong']:.1%}",
+        "where the guide is wrong, decisions that repeat its mistake",
+    )
     console.print(table)
     devices = Table(title="Devices", title_justify="left")
     for heading in ("device", "steps", "peak memory", "torch in the process"):
@@ -105,4 +116,6 @@ def print_report(console: Console, result: Result, out: Path) -> None:
         f"{result['bytes_per_sample']:,.0f} bytes of activations a sample.",
         highlight=False,
     )
-    console.print(f"figure   {out / 'figure.png'}\nfigures  {out / 'result.json'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"figure   {out / 'figure.png'}\nfigures  {out / 'result.json'}", highlight=False, soft_wrap=True
+    )

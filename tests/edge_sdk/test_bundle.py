@@ -59,7 +59,9 @@ def test_every_changed_byte_is_found(built: dict[str, Any], tmp_path: Path) -> N
     reference = load_bundle(built["vanilla"].path)
     changed = tmp_path / "changed.psgl"
     for position in range(0, len(original), max(1, len(original) // 150)):
-        changed.write_bytes(original[:position] + bytes([original[position] ^ 0x10]) + original[position + 1 :])
+        changed.write_bytes(
+            original[:position] + bytes([original[position] ^ 0x10]) + original[position + 1 :]
+        )
         try:
             loaded = load_bundle(changed)
         except BundleError:

@@ -32,7 +32,9 @@ def announcement(bundle: str, run: str = RUN, status: str = "training") -> bytes
 def gradient_for(message: Message, **changes: Any) -> Message:
     fields = {"front": message.fields["front"], "rate": 1.0, "loss": 0.5, "round": 1}
     gradient = np.full_like(message.tensors["activations"], 0.01)
-    return Message("gradient", message.run, message.session, message.step, fields | changes, {"gradient": gradient})
+    return Message(
+        "gradient", message.run, message.session, message.step, fields | changes, {"gradient": gradient}
+    )
 
 
 @contextmanager
@@ -77,7 +79,9 @@ def make_client(broker: MemoryBroker, built: Any, **options: Any) -> EdgeClient:
 
 
 @pytest.mark.parametrize("profile", ["vanilla", "paper"])
-def test_a_step_sends_activations_and_takes_the_gradient(profile: str, built: dict[str, Any], samples: Draw) -> None:
+def test_a_step_sends_activations_and_takes_the_gradient(
+    profile: str, built: dict[str, Any], samples: Draw
+) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
     with scripted_server(broker, built[profile].bundle.id, lambda m, n: [gradient_for(m)]) as seen:
         with make_client(broker, built[profile], resend_s=30.0) as client:
@@ -93,7 +97,9 @@ def test_a_step_sends_activations_and_takes_the_gradient(profile: str, built: di
 
 def test_the_same_bytes_go_out_until_the_reply_comes(built: dict[str, Any], samples: Draw) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
-    with scripted_server(broker, built["paper"].bundle.id, lambda m, n: [gradient_for(m)] if n == 3 else []) as seen:
+    with scripted_server(
+        broker, built["paper"].bundle.id, lambda m, n: [gradient_for(m)] if n == 3 else []
+    ) as seen:
         with make_client(broker, built["paper"]) as client:
             step = client.train_step(batch.x, batch.y)
     assert step is not None and step.resent >= 2
@@ -103,23 +109,35 @@ def test_the_same_bytes_go_out_until_the_reply_comes(built: dict[str, Any], samp
 
 def test_replies_of_other_steps_sessions_and_kinds_are_ignored(built: dict[str, Any], samples: Draw) -> None:
     def answer(m: Message, n: int) -> list[Message]:
-        stranger = Message("gradient", m.run, "0" * 16, m.step, gradient_for(m).fields, gradient_for(m).tensors)
-        older = Message("gradient", m.run, m.session, m.step + 9, gradient_for(m).fields, gradient_for(m).tensors)
+        stranger = Message(
+            "gradient", m.run, "0" * 16, m.step, gradient_for(m).fields, gradient_for(m).tensors
+        )
+        older = Message(
+            "gradient", m.run, m.session, m.step + 9, gradient_for(m).fields, gradient_for(m).tensors
+        )
         return [stranger, older, gradient_for(m)]
 
     broker, batch = MemoryBroker(), samples(6, 1)
-    with scripted_server(broker, built["vanilla"].bundle.id, answer), make_client(broker, built["vanilla"]) as client:
+    with (
+        scripted_server(broker, built["vanilla"].bundle.id, answer),
+        make_client(broker, built["vanilla"]) as client,
+    ):
         assert client.train_step(batch.x, batch.y) is not None
         assert client.front.version == 1
 
 
 @pytest.mark.parametrize("reason", ["shape", "run"])
-def test_a_refusal_names_its_reason_and_leaves_the_front(reason: str, built: dict[str, Any], samples: Draw) -> None:
+def test_a_refusal_names_its_reason_and_leaves_the_front(
+    reason: str, built: dict[str, Any], samples: Draw
+) -> None:
     def answer(m: Message, n: int) -> list[Message]:
         return [Message("refused", m.run, m.session, m.step, {"reason": reason, "detail": "do this"}, {})]
 
     broker, batch = MemoryBroker(), samples(6, 1)
-    with scripted_server(broker, built["vanilla"].bundle.id, answer), make_client(broker, built["vanilla"]) as client:
+    with (
+        scripted_server(broker, built["vanilla"].bundle.id, answer),
+        make_client(broker, built["vanilla"]) as client,
+    ):
         with pytest.raises(RefusedError, match="do this") as caught:
             client.train_step(batch.x, batch.y)
         assert caught.value.reason == reason
@@ -131,23 +149,40 @@ def test_a_run_that_has_all_its_rounds_is_no_error(built: dict[str, Any], sample
         return [Message("refused", m.run, m.session, m.step, {"reason": "finished", "detail": "thanks"}, {})]
 
     broker, batch = MemoryBroker(), samples(6, 1)
-    with scripted_server(broker, built["vanilla"].bundle.id, answer), make_client(broker, built["vanilla"]) as client:
+    with (
+        scripted_server(broker, built["vanilla"].bundle.id, answer),
+        make_client(broker, built["vanilla"]) as client,
+    ):
         assert client.train_step(batch.x, batch.y) is None
 
 
 def test_a_gradient_of_another_shape_is_refused(built: dict[str, Any], samples: Draw) -> None:
     def answer(m: Message, n: int) -> list[Message]:
         reply = gradient_for(m)
-        return [Message("gradient", m.run, m.session, m.step, reply.fields, {"gradient": reply.tensors["gradient"][:2]})]
+        return [
+            Message(
+                "gradient",
+                m.run,
+                m.session,
+                m.step,
+                reply.fields,
+                {"gradient": reply.tensors["gradient"][:2]},
+            )
+        ]
 
     broker, batch = MemoryBroker(), samples(6, 1)
-    with scripted_server(broker, built["vanilla"].bundle.id, answer), make_client(broker, built["vanilla"]) as client:
+    with (
+        scripted_server(broker, built["vanilla"].bundle.id, answer),
+        make_client(broker, built["vanilla"]) as client,
+    ):
         with pytest.raises(RefusedError, match="does not fit"):
             client.train_step(batch.x, batch.y)
         assert client.front.version == 0
 
 
-def test_hostile_bytes_on_both_topics_are_counted_and_nothing_stops(built: dict[str, Any], samples: Draw) -> None:
+def test_hostile_bytes_on_both_topics_are_counted_and_nothing_stops(
+    built: dict[str, Any], samples: Draw
+) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
     foe = MemoryTransport(broker, "foe")
     foe.open(None)
@@ -157,7 +192,7 @@ def test_hostile_bytes_on_both_topics_are_counted_and_nothing_stops(built: dict[
                 for payload in (b"", b"\xff" * 40, b"\x9f" * 1000, b"\xd8\x23\x61("):
                     foe.publish(topic, payload)
             assert client.train_step(batch.x, batch.y) is not None
-            assert sum(client.rejected.values()) >= 8
+            assert sum(client.traffic.rejected.values()) >= 8
     foe.close()
 
 
@@ -185,7 +220,9 @@ def test_a_server_that_starts_another_run_ends_the_device(built: dict[str, Any],
         other = MemoryTransport(broker, "other")
         other.open(None)
         with make_client(broker, built["vanilla"]) as client:
-            other.publish(topics.down_model("ward"), announcement(built["vanilla"].bundle.id, "run-2"), retain=True)
+            other.publish(
+                topics.down_model("ward"), announcement(built["vanilla"].bundle.id, "run-2"), retain=True
+            )
             with pytest.raises(RefusedError, match="ended run run-1"):
                 client.train_step(batch.x, batch.y)
         other.close()

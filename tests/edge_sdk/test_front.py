@@ -20,7 +20,9 @@ def batch(samples: Draw, count: int = 6) -> Any:
     return as_batch(samples(count, 1).x, (1, 8, 8), max_batch=count)
 
 
-def test_the_perturbation_stays_in_its_budget_and_zero_switches_it_off(built: dict[str, Any], samples: Draw) -> None:
+def test_the_perturbation_stays_in_its_budget_and_zero_switches_it_off(
+    built: dict[str, Any], samples: Draw
+) -> None:
     front = Front(built["paper"].bundle)
     x = batch(samples)
     forward = front.forward(front.initial_state(), x, None, training=False)
@@ -35,11 +37,18 @@ def test_vanilla_sends_the_input_as_it_is(built: dict[str, Any], samples: Draw) 
     front = Front(built["vanilla"].bundle)
     x = batch(samples)
     forward = front.forward(front.initial_state(), x, None, training=True)
-    assert forward.perturbed is x and forward.map is None and forward.guide is None and forward.unperturbed == len(x)
+    assert (
+        forward.perturbed is x
+        and forward.map is None
+        and forward.guide is None
+        and forward.unperturbed == len(x)
+    )
 
 
 @pytest.mark.parametrize("profile", ["vanilla", "paper"])
-def test_backward_returns_a_new_state_and_leaves_the_old(profile: str, built: dict[str, Any], samples: Draw) -> None:
+def test_backward_returns_a_new_state_and_leaves_the_old(
+    profile: str, built: dict[str, Any], samples: Draw
+) -> None:
     front = Front(built[profile].bundle)
     before = front.initial_state()
     kept = {name: value.copy() for name, value in before.tensors.items()}

@@ -20,7 +20,10 @@ VALID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "decision": ({}, {"probabilities": PROBABILITIES, "class.fused": np.array([1, 0])}),
     "refused": ({"reason": "run"}, {}),
     "missing": ({"chunks": [0, 2]}, {}),
-    "model": ({"bundle": "ab12", "front": 0, "rounds": 20, "evaluate_every": 5, "batch": 32, "status": "open"}, {}),
+    "model": (
+        {"bundle": "ab12", "front": 0, "rounds": 20, "evaluate_every": 5, "batch": 32, "status": "open"},
+        {},
+    ),
 }
 
 
@@ -94,7 +97,13 @@ def test_known_fields_have_their_type(kind: str) -> None:
 
 
 def test_numpy_scalars_and_tuples_become_plain() -> None:
-    fields = {"front": np.int64(3), "rate": np.float32(0.5), "loss": 2, "round": 1, "more": (np.bool_(True), 1)}
+    fields = {
+        "front": np.int64(3),
+        "rate": np.float32(0.5),
+        "loss": 2,
+        "round": 1,
+        "more": (np.bool_(True), 1),
+    }
     plain = check_message(message("gradient", fields)).fields
     assert plain == {"front": 3, "rate": 0.5, "loss": 2.0, "round": 1, "more": [True, 1]}
     assert [type(value) for value in plain.values()] == [int, float, float, int, list]

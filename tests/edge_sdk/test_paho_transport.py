@@ -96,9 +96,7 @@ class ScriptedBroker:
             self.script(conn, len(self.connects), self.connects[-1])
 
     def connection(self, **options: object) -> Connection:
-        return Connection(
-            "127.0.0.1", self.port, **{"protocol": "3.1.1", "connect_timeout_s": 5.0, **options}
-        )
+        return Connection("127.0.0.1", self.port, **{"protocol": "3.1.1", "connect_timeout_s": 5.0, **options})
 
 
 def drain(conn: socket.socket) -> None:
@@ -205,9 +203,7 @@ def test_a_broker_that_is_not_there_is_named_within_the_timeout() -> None:
     port = free_port()
     transport = PahoTransport(Connection("127.0.0.1", port, connect_timeout_s=0.6), "a")
     started = time.monotonic()
-    with pytest.raises(
-        TransportError, match=rf"127\.0\.0\.1:{port} within 0\.6 s \(Connection refused\): start"
-    ):
+    with pytest.raises(TransportError, match=rf"127\.0\.0\.1:{port} within 0\.6 s \(Connection refused\): start"):
         transport.open()
     assert 0.5 < time.monotonic() - started < 2
 
@@ -256,9 +252,7 @@ def test_user_and_password(tmp_path: Path, protocol: str) -> None:
             transport.publish("t", b"1")
         wrong = Connection(broker.host, broker.port, user="ward", password="guess", protocol=protocol)
         started = time.monotonic()
-        with pytest.raises(
-            TransportError, match=r"refuses user 'ward' .*: correct user and password"
-        ) as caught:
+        with pytest.raises(TransportError, match=r"refuses user 'ward' .*: correct user and password") as caught:
             PahoTransport(wrong, "a").open()
         assert time.monotonic() - started < 5
         assert "guess" not in str(caught.value)
@@ -488,6 +482,33 @@ def test_subscriptions_are_renewed_before_messages_under_way_are_sent_again() ->
         transport.publish("t", b"1")
         eventually(lambda: transport.generation == 2 and transport._in_flight == 0)
         assert kinds == [0x80, 0x30]
+
+
+def test_a_subscription_made_while_the_others_are_renewed_is_not_forgotten() -> None:
+    asked, answer, late = threading.Event(), threading.Event(), threading.Event()
+
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_311)
+        while True:
+            kind, body = read_packet(conn)
+            if kind == 0x82:
+                if number == 2 and b"first" in body:
+                    asked.set()
+                    answer.wait(WAIT_S)
+                if number == 2 and b"second" in body:
+                    late.set()
+                conn.sendall(b"\x90\x03" + body[:2] + b"\x01")
+            elif kind & 0xF0 == 0x30 and number == 1:
+                conn.shutdown(socket.SHUT_RDWR)
+
+    with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(), "a")) as transport:
+        transport.subscribe("first")
+        transport.publish("t", b"1")
+        assert asked.wait(WAIT_S)
+        transport.subscribe("second")
+        answer.set()
+        assert late.wait(WAIT_S)
+        assert transport.generation == 2
 
 
 def test_only_the_network_thread_writes_to_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,12 @@ SAMPLES: dict[str, Message] = {
         {"status": "online", "manifest": "ab12", "versions": {"wire": 1, "sdk": "0.1.0"}},
     ),
     "gradient": Message(
-        "gradient", "r1", "s1", 7, {"front": 3, "rate": 0.1, "loss": 2.25, "round": 4}, {"gradient": ACTIVATIONS * 1e-7}
+        "gradient",
+        "r1",
+        "s1",
+        7,
+        {"front": 3, "rate": 0.1, "loss": 2.25, "round": 4},
+        {"gradient": ACTIVATIONS * 1e-7},
     ),
     "decision": Message(
         "decision",

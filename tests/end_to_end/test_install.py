@@ -33,14 +33,23 @@ def test_the_base_install_is_the_edge_alone(tmp_path: Path) -> None:
     names = {line.partition("==")[0].lower() for line in run("-m", "pip", "freeze").stdout.split()}
     assert not names & {"torch", "onnx", "onnxscript", "rich", "amqtt", "safetensors"}
     assert {"numpy", "onnxruntime", "paho-mqtt", "cbor2"} <= names
-    imported = run("-c", "import edge_sdk, edge_sdk.cli, sys; print(edge_sdk.__file__); sys.exit('torch' in sys.modules)")
+    imported = run(
+        "-c", "import edge_sdk, edge_sdk.cli, sys; print(edge_sdk.__file__); sys.exit('torch' in sys.modules)"
+    )
     assert imported.returncode == 0, imported.stderr
     assert str(environment) in imported.stdout
-    helped = subprocess.run([environment / "bin" / "psgl-edge", "run", "--help"], capture_output=True, text=True, timeout=60)
+    helped = subprocess.run(
+        [environment / "bin" / "psgl-edge", "run", "--help"], capture_output=True, text=True, timeout=60
+    )
     assert helped.returncode == 0 and "examples:" in helped.stdout
     # The other commands are there too and say which extra they need.
     for program, extra in (("psgl-server", "psgl[server]"), ("psgl-export", "psgl[export]")):
-        arguments = {"psgl-server": ["train", "x.psgl"], "psgl-export": ["build", "--data", "x.npz", "-o", "y.psgl"]}
-        told = subprocess.run([environment / "bin" / program, *arguments[program]], capture_output=True, text=True, timeout=60)
+        arguments = {
+            "psgl-server": ["train", "x.psgl"],
+            "psgl-export": ["build", "--data", "x.npz", "-o", "y.psgl"],
+        }
+        told = subprocess.run(
+            [environment / "bin" / program, *arguments[program]], capture_output=True, text=True, timeout=60
+        )
         assert told.returncode == 2 and "Traceback" not in told.stderr, told.stderr
         assert extra in told.stderr

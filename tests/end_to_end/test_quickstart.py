@@ -26,11 +26,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
     short = ("--rounds", "24", "--batch", "8", "--shift", "0")
-    return [sys.executable, "-m", "examples.quickstart", "--data", str(data), "--out", str(out), *short, *more]
+    return [
+        sys.executable,
+        "-m",
+        "examples.quickstart",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *short,
+        *more,
+    ]
 
 
 def demo(data: Path, out: Path, *more: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(data, out, *more), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(
+        command(data, out, *more), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +55,9 @@ def data(tmp_path_factory: pytest.TempPathFactory, samples: Draw) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(
+    data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("demo")
     done = demo(data, out, "--seed", "3")
     assert done.returncode == 0, done.stderr
@@ -60,7 +74,10 @@ def processes(token: str) -> dict[int, bytes]:
     found = {}
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and f"PSGL_TEST_TOKEN={token}".encode() in (entry / "environ").read_bytes():
+            if (
+                entry.name.isdigit()
+                and f"PSGL_TEST_TOKEN={token}".encode() in (entry / "environ").read_bytes()
+            ):
                 found[int(entry.name)] = (entry / "cmdline").read_bytes()
         except OSError:
             continue
@@ -71,7 +88,14 @@ def processes(token: str) -> dict[int, bytes]:
 def test_it_leaves_the_promised_figures(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = finished
     result = json.loads((out / "result.json").read_text())
-    shares = ("fused_accuracy", "vanilla_accuracy", "clean_accuracy", "guide_accuracy", "guide_agreement", "follow_when_wrong")
+    shares = (
+        "fused_accuracy",
+        "vanilla_accuracy",
+        "clean_accuracy",
+        "guide_accuracy",
+        "guide_agreement",
+        "follow_when_wrong",
+    )
     assert all(0 <= result[name] <= 1 for name in shares)
     assert set(result["streams"]) == {"attacked", "recovered", "fused"}
     assert result["fused_accuracy"] > 0.6 and result["vanilla_accuracy"] > 0.6
@@ -81,7 +105,18 @@ def test_it_leaves_the_promised_figures(finished: tuple[Path, subprocess.Complet
     for device in result["devices"]:
         assert device["torch_loaded"] is False and device["steps"] == 48 and 20 < device["peak_rss_mb"] < 120
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("vanilla", "stream a", "stream r", "stream f", "fused", "clean test", "guide", "agreement", "follows", "peak memory"):
+    for words in (
+        "vanilla",
+        "stream a",
+        "stream r",
+        "stream f",
+        "fused",
+        "clean test",
+        "guide",
+        "agreement",
+        "follows",
+        "peak memory",
+    ):
         assert words in done.stdout
     assert "3 devices" in done.stderr and "round 24" in done.stderr
 
@@ -96,7 +131,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     def weights(out: Path) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
         for profile in ("vanilla", "paper"):
-            tensors |= {f"{profile}.{k}": v for k, v in load_file(out / profile / "server.safetensors").items()}
+            tensors |= {
+                f"{profile}.{k}": v for k, v in load_file(out / profile / "server.safetensors").items()
+            }
             for number in (1, 2, 3):
                 front = unpack_tensors((out / profile / f"device-{number}.front.cbor").read_bytes())
                 tensors |= {f"{profile}.{number}.{k}": v for k, v in front.items()}
@@ -147,7 +184,11 @@ def test_a_broker_that_dies_does_not_end_the_demo(data: Path, tmp_path: Path) ->
     for line in process.stderr:
         if "paper" in line and "round 16" in line:
             break
-    brokers = [pid for pid, line in processes(token).items() if b"mosquitto.conf" in line or b"server_sdk.broker" in line]
+    brokers = [
+        pid
+        for pid, line in processes(token).items()
+        if b"mosquitto.conf" in line or b"server_sdk.broker" in line
+    ]
     assert len(brokers) == 1
     os.kill(brokers[0], signal.SIGKILL)
     _, err = process.communicate(timeout=150)

@@ -35,10 +35,14 @@ def over_the_wire(built: Any, data: Samples) -> tuple[list[float], dict[str, Any
             losses.append(event["loss"])
 
     plan = TrainingPlan(devices=1, rounds=ROUNDS, batch=BATCH, codec="float32", idle_s=30)
-    service = TrainingService(built.bundle, built.trainer(ROUNDS), MemoryTransport(broker, "s"), plan, fleet="ward", on_event=note)
+    service = TrainingService(
+        built.bundle, built.trainer(ROUNDS), MemoryTransport(broker, "s"), plan, fleet="ward", on_event=note
+    )
     thread = threading.Thread(target=service.run)
     thread.start()
-    with EdgeClient(built.bundle, MemoryTransport(broker, "d"), device="d", fleet="ward", codec="float32") as client:
+    with EdgeClient(
+        built.bundle, MemoryTransport(broker, "d"), device="d", fleet="ward", codec="float32"
+    ) as client:
         follow(client, data, None, seed=0)
     thread.join(30)
     assert not thread.is_alive()
@@ -55,10 +59,19 @@ def all_torch(built: Any, data: Samples, guide: Guide) -> tuple[list[float], tor
     front_steps = torch.optim.Adam(front.parameters(), manifest.learning_rate)
     losses = []
     for number, batch in enumerate(itertools.islice(batches(data, BATCH, seed=0, device="d"), ROUNDS)):
-        x, y = torch.from_numpy(as_batch(batch.x, manifest.input_shape, max_batch=BATCH)), torch.from_numpy(batch.y)
+        x, y = (
+            torch.from_numpy(as_batch(batch.x, manifest.input_shape, max_batch=BATCH)),
+            torch.from_numpy(batch.y),
+        )
         attack = None
         if manifest.normalisation:
-            made = perturb(guide, x, torch.full_like(y, -1), normalisation=manifest.normalisation, epsilon=manifest.epsilon)
+            made = perturb(
+                guide,
+                x,
+                torch.full_like(y, -1),
+                normalisation=manifest.normalisation,
+                epsilon=manifest.epsilon,
+            )
             x, attack = made.perturbed.detach(), made.map.detach()
         rate = 0.5 * (1 + np.cos(np.pi * number / ROUNDS))
         for optimizer, base in ((back_steps, trainer.learning_rate), (front_steps, manifest.learning_rate)):
@@ -75,7 +88,9 @@ def all_torch(built: Any, data: Samples, guide: Guide) -> tuple[list[float], tor
 
 
 @pytest.mark.parametrize("profile", ["vanilla", "paper"])
-def test_the_split_training_is_the_joint_training(profile: str, built: dict[str, Any], samples: Draw, guide: Guide) -> None:
+def test_the_split_training_is_the_joint_training(
+    profile: str, built: dict[str, Any], samples: Draw, guide: Guide
+) -> None:
     data = samples(60, 3)
     wired, state = over_the_wire(built[profile], data)
     joint, front = all_torch(built[profile], data, guide)

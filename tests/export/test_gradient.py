@@ -118,7 +118,7 @@ def _export(cases: Mapping[str, Case], layers: Mapping[str, nn.Module]) -> dict[
     return export_graphs(function, inputs, plans)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def zoo() -> tuple[dict[str, nn.Module], dict[str, bytes]]:
     layers = _layers(CASES)
     return layers, _export(CASES, layers)

@@ -80,7 +80,7 @@ SETTINGS = _settings()
 PERTURBED = [name for name, setting in SETTINGS.items() if setting.perturbation is not None]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built() -> dict[str, GraphSet]:
     return {name: setting.build() for name, setting in SETTINGS.items()}
 
@@ -377,7 +377,10 @@ def test_drawn_shapes(run_fast, close, channels: int, grid: list[int], batch: in
     pool = nn.MaxPool2d if len(grid) == 2 else nn.MaxPool1d
     torch.manual_seed(channels)
     front = nn.Sequential(
-        convolution(channels * 2 ** len(grid) + 1, hidden, 3, padding=1), norm(hidden), nn.ReLU(), pool(2)
+        convolution(channels * 2 ** len(grid) + 1, hidden, 3, padding=1, bias=False),
+        norm(hidden),
+        nn.ReLU(),
+        pool(2),
     )
     guide = Guide(shape, CLASSES)
     setting = Setting(front, guide, shape, Perturbation("sign", 0.2), 2, Optimizer("sgd", 0.1))

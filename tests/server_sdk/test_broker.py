@@ -105,9 +105,7 @@ def test_a_restart_and_a_kill_keep_the_port(kind: str) -> None:
 def test_a_port_in_use_is_refused_with_a_remedy(kind: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(
-            BrokerError, match=rf"port {port} .* in use: end the program .* \(0 takes a free one\)"
-        ):
+        with pytest.raises(BrokerError, match=rf"port {port} .* in use: end the program .* \(0 takes a free one\)"):
             EmbeddedBroker(kind, port).start()
     with EmbeddedBroker(kind, port) as broker:
         assert broker.port == port

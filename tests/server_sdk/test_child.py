@@ -15,7 +15,11 @@ from server_sdk.child import Child
 from server_sdk.errors import ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
-SLEEPER = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"]
+SLEEPER = [
+    sys.executable,
+    "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)",
+]
 
 
 def test_a_stubborn_child_is_ended_within_its_grace() -> None:
@@ -52,4 +56,6 @@ def test_a_program_that_is_not_there() -> None:
     assert child.process.wait(10) != 0
     child.end()
     with pytest.raises(ServerError, match="cannot be started"):
-        Child([sys.executable], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, environment={"A\0": "b"})
+        Child(
+            [sys.executable], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, environment={"A\0": "b"}
+        )

@@ -35,10 +35,24 @@ class Run:
     rejected: dict[str, int] = field(default_factory=dict)
 
 
-def train(built: Any, samples: Draw, plan: TrainingPlan, *, seed: int = 0, foe: Callable[[MemoryBroker], None] | None = None) -> Run:
+def train(
+    built: Any,
+    samples: Draw,
+    plan: TrainingPlan,
+    *,
+    seed: int = 0,
+    foe: Callable[[MemoryBroker], None] | None = None,
+) -> Run:
     broker, run = MemoryBroker(), Run()
     trainer = built.trainer(plan.rounds)
-    service = TrainingService(built.bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward", on_event=run.events.append)
+    service = TrainingService(
+        built.bundle,
+        trainer,
+        MemoryTransport(broker, "server"),
+        plan,
+        fleet="ward",
+        on_event=run.events.append,
+    )
 
     def serve() -> None:
         try:
@@ -47,7 +61,13 @@ def train(built: Any, samples: Draw, plan: TrainingPlan, *, seed: int = 0, foe: 
             run.errors.append(exc)
 
     def device(number: int) -> None:
-        client = EdgeClient(built.bundle, MemoryTransport(broker, f"d{number}"), device=f"d{number}", fleet="ward", resend_s=0.5)
+        client = EdgeClient(
+            built.bundle,
+            MemoryTransport(broker, f"d{number}"),
+            device=f"d{number}",
+            fleet="ward",
+            resend_s=0.5,
+        )
         try:
             with client:
                 follow(client, samples(30, number), samples(9, 50 + number), seed=seed, measure_clean=True)
@@ -90,7 +110,9 @@ def test_a_run_learns_and_accounts_for_every_step(profile: str, built: dict[str,
     assert ("guide_accuracy" in final) == (profile == "paper")
 
 
-def test_the_same_seed_gives_the_same_bits_on_server_and_devices(built: dict[str, Any], samples: Draw) -> None:
+def test_the_same_seed_gives_the_same_bits_on_server_and_devices(
+    built: dict[str, Any], samples: Draw
+) -> None:
     first, second = train(built["paper"], samples, PLAN), train(built["paper"], samples, PLAN)
     assert all(np.array_equal(value, second.weights[name]) for name, value in first.weights.items())
     for device, tensors in first.fronts.items():
@@ -105,7 +127,11 @@ def test_hostile_bytes_change_nothing(built: dict[str, Any], samples: Draw) -> N
         transport = MemoryTransport(broker, "foe")
         transport.open(None)
         for payload in (b"", b"\xff" * 64, b"\x9f" * 500, b"\xbb" + b"\xff" * 8):
-            for topic in (topics.up_step("ward", "d0"), topics.up_state("ward", "d1"), topics.up_step("ward", "x")):
+            for topic in (
+                topics.up_step("ward", "d0"),
+                topics.up_state("ward", "d1"),
+                topics.up_step("ward", "x"),
+            ):
                 transport.publish(topic, payload)
         wrong = {"activations": np.zeros((2, 3), np.float32), "labels": np.zeros(2, np.int64)}
         (frame,) = encode(Message("train", "no such run", "s", 1, {"front": 0}, wrong))
@@ -117,7 +143,11 @@ def test_hostile_bytes_change_nothing(built: dict[str, Any], samples: Draw) -> N
 
     quiet, attacked = train(built["vanilla"], samples, PLAN), train(built["vanilla"], samples, PLAN, foe=foe)
     assert attacked.errors == []
-    assert sum(attacked.rejected.values()) >= 12 and attacked.rejected["run"] == 1 and attacked.rejected["schema"] >= 1
+    assert (
+        sum(attacked.rejected.values()) >= 12
+        and attacked.rejected["run"] == 1
+        and attacked.rejected["schema"] >= 1
+    )
     assert all(np.array_equal(value, attacked.weights[name]) for name, value in quiet.weights.items())
 
 
@@ -139,7 +169,9 @@ class Device:
         self.transport.publish(topics.up_state("ward", self.name), frame, retain=True)
 
     def send(self, step: int, kind: str = "train", value: float = 0.5) -> None:
-        tensors: dict[str, Any] = {"activations": np.full((3, *self.built.bundle.manifest.cut_shape), value, np.float32)}
+        tensors: dict[str, Any] = {
+            "activations": np.full((3, *self.built.bundle.manifest.cut_shape), value, np.float32)
+        }
         if kind == "train":
             tensors["labels"] = np.arange(3, dtype=np.int64)
         for frame in encode(Message(kind, self.run, "s", step, {"front": 0}, tensors)):
@@ -162,7 +194,9 @@ def served(built: dict[str, Any]) -> Any:
     broker = MemoryBroker()
     trainer = built["vanilla"].trainer(2)
     plan = TrainingPlan(devices=1, rounds=2, batch=3, idle_s=20)
-    service = TrainingService(built["vanilla"].bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward")
+    service = TrainingService(
+        built["vanilla"].bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward"
+    )
     thread = threading.Thread(target=service.run)
     thread.start()
     device = Device(broker, built["vanilla"])
@@ -215,7 +249,9 @@ def test_steps_after_the_last_round_are_told_so(served: Any) -> None:
 
 def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> None:
     plan = TrainingPlan(devices=2, rounds=2, idle_s=0.2)
-    service = TrainingService(built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(MemoryBroker(), "s"), plan)
+    service = TrainingService(
+        built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(MemoryBroker(), "s"), plan
+    )
     with pytest.raises(ServerError, match="start psgl-edge run on 2 devices"):
         service.run()
 
@@ -223,7 +259,9 @@ def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> 
 def test_a_device_learns_that_its_run_ended(built: dict[str, Any], samples: Draw) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
     plan = TrainingPlan(devices=2, rounds=2, idle_s=0.5, deadline_s=0.1)
-    service = TrainingService(built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(broker, "s"), plan, fleet="ward")
+    service = TrainingService(
+        built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(broker, "s"), plan, fleet="ward"
+    )
     errors: list[Exception] = []
 
     def serve() -> None:
@@ -234,7 +272,9 @@ def test_a_device_learns_that_its_run_ended(built: dict[str, Any], samples: Draw
 
     thread = threading.Thread(target=serve)
     thread.start()
-    client = EdgeClient(built["vanilla"].bundle, MemoryTransport(broker, "d0"), device="d0", fleet="ward", resend_s=30)
+    client = EdgeClient(
+        built["vanilla"].bundle, MemoryTransport(broker, "d0"), device="d0", fleet="ward", resend_s=30
+    )
     with client, pytest.raises((RefusedError, TransportError), match="ended run"):
         client.train_step(batch.x, batch.y)
     thread.join(20)

@@ -1,0 +1,145 @@
+"""The same front in a form whose gradient is cheaper on a device: pools without index lists.
+
+A pool's gradient goes to the first maximum of each window. onnxruntime finds it with a branch per input value and then
+scatters; here the window's values are compared as whole planes instead. Results and gradients are those of the layers that
+are replaced, ties included; names of weights stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["cheap_gradient"]
+
+_FEW_CHANNELS = 4
+
+
+def cheap_gradient(front: nn.Module) -> nn.Module:
+    """A copy of a sequential front with its 2x2 max-pools rewritten; any other module is only copied.
+
+    ReLU directly before a pool moves behind it, where it has a quarter of the work. A first convolution of few channels
+    before such a pool computes the window's four values as four planes.
+    """
+    front = copy.deepcopy(front)
+    if type(front) is not nn.Sequential:
+        return front
+    layers = list(front.named_children())
+    result: OrderedDict[str, nn.Module] = OrderedDict(layers)
+    for position, (name, layer) in enumerate(layers):
+        if not _is_plain_pool(layer):
+            continue
+        before = position - 1
+        active = before >= 0 and type(layers[before][1]) is nn.ReLU
+        pool: nn.Module = _PlanePool()
+        if active:
+            result[layers[before][0]] = nn.Identity()
+            before -= 1
+        if before == 0 and _is_thin(layers[before][1]):
+            result[layers[before][0]] = _PooledConvolution(layers[before][1])
+            pool = nn.Identity()
+        result[name] = nn.Sequential(pool, nn.ReLU()) if active else pool
+    return nn.Sequential(result)
+
+
+def _is_plain_pool(layer: nn.Module) -> bool:
+    if type(layer) is not nn.MaxPool2d:
+        return False
+    stride = layer.kernel_size if layer.stride is None else layer.stride
+    fits = layer.kernel_size in (2, (2, 2)) and stride in (2, (2, 2)) and layer.padding in (0, (0, 0))
+    return fits and layer.dilation in (1, (1, 1)) and not layer.ceil_mode and not layer.return_indices
+
+
+def _is_thin(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and layer.in_channels <= _FEW_CHANNELS
+        and layer.groups == 1
+        and layer.stride == (1, 1)
+        and layer.dilation == (1, 1)
+    )
+
+
+class _Larger(torch.autograd.Function):
+    """Elementwise maximum whose gradient goes to the first argument where both are equal."""
+
+    @staticmethod
+    def forward(first: Tensor, second: Tensor) -> Tensor:
+        return torch.maximum(first, second)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = ctx.saved_tensors
+        to_second = gradient * (second > first).to(gradient.dtype)
+        return gradient - to_second, to_second
+
+
+class _PooledConvolution(nn.Module):
+    """A convolution and the 2x2 max-pool behind it: one strided convolution gives the windows' values as planes."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = convolution.weight
+        self.bias = convolution.bias
+        self.padding = convolution.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        fan_out, fan_in, *kernel = self.weight.shape
+        height, width = (_shifts(extent).to(x) for extent in kernel)
+        # weight[o, c, i, j] lands on tap (i + row, j + column) of the kernel for the window's value (row, column)
+        places = torch.einsum("iua,jvb->ijuvab", height, width).reshape(kernel[0] * kernel[1], -1)
+        spread = self.weight.reshape(fan_out * fan_in, -1) @ places
+        spread = spread.reshape(fan_out, fan_in, 4, kernel[0] + 1, kernel[1] + 1).permute(2, 0, 1, 3, 4)
+        stacked = spread.reshape(4 * fan_out, fan_in, kernel[0] + 1, kernel[1] + 1)
+        bias = None if self.bias is None else torch.cat([self.bias] * 4)
+        planes = nn.functional.conv2d(x, stacked, bias, stride=2, padding=self.padding).split(fan_out, dim=1)
+        best = planes[0]
+        for plane in planes[1:]:
+            best = _Larger.apply(best, plane)
+        return best
+
+
+def _shifts(extent: int) -> Tensor:
+    """(extent, 2, extent + 1): one where tap + shift meets the wider kernel's tap."""
+    taps, shift, wide = torch.arange(extent), torch.arange(2), torch.arange(extent + 1)
+    return (taps.view(-1, 1, 1) + shift.view(1, -1, 1)) == wide.view(1, 1, -1)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(x, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, best = ctx.saved_tensors
+        channels, (height, width) = x.shape[1], best.shape[2:]
+        rest, parts = gradient, []
+        pool = nn.functional.max_pool2d
+        row, column = pool(x, (1, 2), stride=2), pool(x, (2, 1), stride=2)
+        for seen in (pool(x, 1, stride=2), row, torch.maximum(row, column)):
+            parts.append(rest * (seen == best).to(rest.dtype))
+            rest = rest - parts[-1]
+        planes = torch.cat([part.unsqueeze(2) for part in (*parts, rest)], dim=2)
+        planes = planes.reshape(-1, 4 * channels, height, width)
+        corner = torch.eye(4, dtype=x.dtype).reshape(4, 1, 2, 2).repeat(channels, 1, 1, 1)
+        odd = [x.shape[2] - 2 * height, x.shape[3] - 2 * width]
+        return nn.functional.conv_transpose2d(planes, corner, stride=2, output_padding=odd, groups=channels)
+
+
+class _PlanePool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Pool.apply(x)
+        return result

@@ -1,0 +1,112 @@
+"""The export as a whole: what it writes, what it refuses, that it repeats itself, that its own check can fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edge_sdk.bundle import load_bundle
+from export.build import BuildOptions, build_bundle, class_names
+from export.errors import ExportError
+from export.graphs import Optimizer, build_graphs
+from export.parity import check_parity
+from server_sdk.assembly import back_path
+from server_sdk.errors import ModelError
+from server_sdk.reference.guide import Guide
+from server_sdk.reference.perturbation import Perturbation
+from server_sdk.reference.specification import ModelSpec, build
+from server_sdk.reference.split import split
+
+OPTIONS = BuildOptions("vanilla", (1, 8, 8), class_names(3))
+
+
+def test_equal_seeds_give_equal_bundles(built: dict[str, Any], tmp_path: Path) -> None:
+    again = build_bundle(tmp_path / "again.psgl", OPTIONS, None)
+    assert again.bundle_id == built["vanilla"].bundle.id
+    assert again.back.read_bytes() == back_path(built["vanilla"].path).read_bytes()
+    assert again.worst_error < 1e-3
+    other = build_bundle(tmp_path / "other.psgl", replace(OPTIONS, seed=1), None)
+    assert other.bundle_id != again.bundle_id
+
+
+def test_bundles_are_small(built: dict[str, Any]) -> None:
+    assert all(made.path.stat().st_size < 120_000 for made in built.values())
+
+
+def test_what_cannot_be_exported(tmp_path: Path, guide: Guide) -> None:
+    with pytest.raises(ExportError, match="no profile 'nothing'"):
+        build_bundle(tmp_path / "x", replace(OPTIONS, profile="nothing"), None)
+    with pytest.raises(ExportError, match="guide"):
+        build_bundle(tmp_path / "x", replace(OPTIONS, profile="paper"), None)
+    with pytest.raises(ModelError, match="relu2"):
+        build_bundle(tmp_path / "x", replace(OPTIONS, model=ModelSpec(**SPEC, cut="nowhere")), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+SPEC: dict[str, Any] = {
+    "factory": "server_sdk.reference.networks:reference_network",
+    "arguments": {"in_channels": 5, "grid": [4, 4], "classes": 3},
+}
+
+
+@pytest.mark.parametrize("wrong", ["weights", "guide", "epsilon", "optimizer"])
+def test_the_check_before_writing_finds_a_wrong_graph(wrong: str, guide: Guide) -> None:
+    front, _ = split(build(ModelSpec(**SPEC, cut="relu2"), 0), "relu2")
+    perturbation, optimizer = Perturbation("sign", 0.2), Optimizer("sgd", learning_rate=0.1, momentum=0.9)
+    graphs = build_graphs(
+        front, guide, input_shape=(1, 8, 8), perturbation=perturbation, downsample=2, optimizer=optimizer
+    )
+    arguments: dict[str, Any] = {
+        "front": front,
+        "guide": guide,
+        "perturbation": perturbation,
+        "optimizer": optimizer,
+    }
+    assert check_parity(graphs, input_shape=(1, 8, 8), downsample=2, **arguments) < 1e-3
+    if wrong == "weights":
+        arguments["front"], _ = split(build(ModelSpec(**SPEC, cut="relu2"), 1), "relu2")
+    elif wrong == "guide":
+        arguments["guide"] = Guide((1, 8, 8), 3).eval()
+    elif wrong == "epsilon":
+        tampered = {**graphs.tensors}
+        name = next(iter(tampered))
+        tampered[name] = tampered[name] + np.float32(0.1)
+        graphs = replace(graphs, tensors=tampered)
+    else:
+        arguments["optimizer"] = Optimizer("sgd", learning_rate=0.2, momentum=0.9)
+        graphs = replace(graphs, backward=graphs.backward)
+        given = arguments["optimizer"]
+        front_before = {name: value.clone() for name, value in front.state_dict().items()}
+        with pytest.raises(ExportError, match="backward"):
+            # The rate is an input, so only another rule can be wrong: adam's graph against sgd's answer.
+            adam = build_graphs(
+                front,
+                guide,
+                input_shape=(1, 8, 8),
+                perturbation=perturbation,
+                downsample=2,
+                optimizer=Optimizer("adam", learning_rate=0.2),
+            )
+            check_parity(
+                replace(graphs, backward=adam.backward, tensors=adam.tensors),
+                input_shape=(1, 8, 8),
+                downsample=2,
+                **(arguments | {"optimizer": replace(given, momentum=0.0)}),
+            )
+        assert all(torch.equal(value, front_before[name]) for name, value in front.state_dict().items())
+        return
+    with pytest.raises(ExportError, match="differs from torch"):
+        check_parity(graphs, input_shape=(1, 8, 8), downsample=2, **arguments)
+
+
+def test_the_manifest_says_what_was_exported(built: dict[str, Any]) -> None:
+    manifest = load_bundle(built["paper"].path).manifest
+    assert manifest.cut_shape == (32, 4, 4) and manifest.classes == ("0", "1", "2")
+    assert manifest.optimizer == "adam" and manifest.perturb_towards == "guide"
+    assert set(manifest.versions) == {"psgl", "torch", "onnx", "onnxruntime"}
+    assert manifest.server["streams"] == ["attacked", "recovered", "fused"]

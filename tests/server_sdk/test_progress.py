@@ -1,0 +1,42 @@
+"""The display draws from events alone, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from server_sdk.progress import RunDisplay
+
+ROUND = {"event": "round", "round": 7, "rounds": 20, "loss": 0.25, "bytes_received": 2_500_000, "bytes_sent": 1}
+EVENTS = [
+    {"event": "waiting", "run": "r", "devices": 2},
+    {"event": "device", "device": "ward-1", "status": "training", "round": 0},
+    ROUND | {"devices": ["ward-1"], "absent": ["ward-2"]},
+    {"event": "evaluation", "round": 7, "accuracy": 0.875, "streams": {"attacked": 0.8, "fused": 0.9}, "samples": 8},
+    {"event": "refused", "device": "ward-3", "why": "use the server's bundle"},
+    {"event": "something new"},
+]
+
+
+def shown(terminal: bool) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100)
+    with RunDisplay("fleet ward", console) as display:
+        for event in EVENTS:
+            display.show(event)
+        if terminal:
+            console.print(display._draw())
+    return out.getvalue()
+
+
+def test_a_terminal_sees_rounds_loss_streams_bytes_and_devices() -> None:
+    text = shown(terminal=True)
+    for words in ("7/20", "0.2500", "87.5%", "attacked 80.0%", "fused 90.0%", "2.5 MB", "ward-1", "went on without ward-2"):
+        assert words in text
+
+
+def test_a_pipe_gets_plain_lines() -> None:
+    text = shown(terminal=False)
+    assert "\x1b" not in text
+    assert "round 7  loss 0.250  decision 87.5%" in text and "use the server's bundle" in text
