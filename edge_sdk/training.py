@@ -21,7 +21,6 @@ from edge_sdk.errors import WireError
 
 __all__ = ["Evaluation", "evaluate", "follow", "peak_rss_mb"]
 
-_EVALUATION_BATCH = 32
 _INTERIM_SAMPLES = 256
 _COUNTS = ("samples", "fused", "guide_right", "guide_agreed", "guide_followed")
 Event = dict[str, Any]
@@ -73,7 +72,7 @@ class Evaluation:
 
 
 def evaluate(client: EdgeClient, samples: Samples, *, epsilon: float | None = None) -> Evaluation:
-    """Ask the server to decide on every sample and count who was right.
+    """Ask the server to decide on every sample, in batches as the plan has them, and count who was right.
 
     Args:
         client: a started client.
@@ -84,8 +83,9 @@ def evaluate(client: EdgeClient, samples: Samples, *, epsilon: float | None = No
         BatchError, RefusedError, TransportError: as in ``EdgeClient.infer``.
     """
     total = Evaluation()
-    for start in range(0, len(samples), _EVALUATION_BATCH):
-        part = samples.take(np.arange(start, min(start + _EVALUATION_BATCH, len(samples))))
+    batch = client.plan.batch
+    for start in range(0, len(samples), batch):
+        part = samples.take(np.arange(start, min(start + batch, len(samples))))
         decision = client.infer(part.x, epsilon=epsilon)
         right = decision.classes == part.y
         total.samples += len(part)

@@ -140,9 +140,7 @@ def _convolution_backward(
     return dx, dw, db
 
 
-def _weight_gradient(
-    grad: Any, x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Any:
+def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
     """dW = sum over samples of dY @ im2col(x)^T.
 
     The taps of the last axis are laid side by side once; each position on the other axes is then a slice of
@@ -156,9 +154,7 @@ def _weight_gradient(
         x = op.Pad(x, _ints(*padding, *padding), None, _ints(*axes))
     stop = (out[-1] - 1) * stride[-1] + 1
     columns = [
-        op.Slice(
-            x, _ints(tap * dilation[-1]), _ints(tap * dilation[-1] + stop), _ints(last), _ints(stride[-1])
-        )
+        op.Slice(x, _ints(tap * dilation[-1]), _ints(tap * dilation[-1] + stop), _ints(last), _ints(stride[-1]))
         for tap in range(width)
     ]
     # (N, C, width, *S): unsqueezed so that channels of one group stay together
@@ -174,9 +170,7 @@ def _weight_gradient(
             start = [o * d for o, d in zip(offset, dilation, strict=False)]
             ends = [a + (n - 1) * s + 1 for a, n, s in zip(start, out, stride, strict=False)]
             steps = stride[: len(offset)]
-            part = op.Slice(
-                part, _ints(*start), _ints(*ends), _ints(*[axis + 1 for axis in axes[:-1]]), _ints(*steps)
-            )
+            part = op.Slice(part, _ints(*start), _ints(*ends), _ints(*[axis + 1 for axis in axes[:-1]]), _ints(*steps))
         rows.append(part)
     if fan_in * width < _FEW_ROWS and len(rows) > 1:
         rows = [op.Concat(*[op.Unsqueeze(row, _ints(2)) for row in rows], axis=2)]

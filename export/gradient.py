@@ -98,9 +98,7 @@ def _trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[GraphIn
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         fakes.append(mode.from_tensor(entry.example, symbolic_context=context))
     with mode:
-        tracer = make_fx(
-            torch.func.functionalize(function), decomposition_table=DECOMPOSITIONS, tracing_mode="real"
-        )
+        tracer = make_fx(function, decomposition_table=DECOMPOSITIONS, tracing_mode="real")
         graph: GraphModule = tracer(*fakes)
     return graph
 

@@ -68,8 +68,7 @@ def build_graphs(
 
     Raises:
         ExportError: a layer without a known gradient graph (named), a front or guide that does not take the
-        input, a
-            missing guide.
+            input, a missing guide.
     """
     if perturbation is not None and guide is None:
         raise ExportError("a perturbation needs a guide: fit one with server_sdk.reference.guide.fit_guide")
@@ -102,9 +101,7 @@ class _Builder:
         self.pulled = cheap_gradient(self.front)
         self.alone = _without_statistics(self.front)
         self.settled = copy.deepcopy(self.front).eval()
-        self.guide = (
-            None if guide is None or perturbation is None else copy.deepcopy(guide).float().cpu().eval()
-        )
+        self.guide = None if guide is None or perturbation is None else _bare_copy(guide).eval()
         self.parameters = {name: p.detach() for name, p in self.front.named_parameters()}
         self.statistics = {name: b.detach() for name, b in self.front.named_buffers()}
         self.state = initial_state(optimizer, self.parameters)
@@ -203,11 +200,13 @@ def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _bare_copy(front: nn.Module) -> nn.Module:
-    """A copy in training mode whose BatchNorm layers count no batches: no graph needs the count."""
+    """A float32 copy in training mode that overwrites nothing and counts no batches: no graph needs the count."""
     bare = copy.deepcopy(front).float().cpu().train()
     for layer in bare.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.num_batches_tracked = None
+        if getattr(layer, "inplace", False):
+            setattr(layer, "inplace", False)  # noqa: B010 - torch types any attribute as tensor or module
     return bare
 
 

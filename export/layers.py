@@ -46,12 +46,18 @@ def check_layers(module: nn.Module) -> None:
         ExportError: names the layer and says why.
     """
     for name, layer in module.named_modules():
+        where, kind = name or "front", type(layer).__name__
+        buffers = [key for key, _ in layer.named_buffers(recurse=False)]
+        if buffers and not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ExportError(
+                f"layer {where!r} ({kind}) cannot be exported: no graph carries its buffer {buffers[0]!r}; "
+                "make it a parameter or a constant"
+            )
         if not type(layer).__module__.startswith("torch.nn.") or isinstance(layer, nn.Sequential):
             continue
         reason = _refusal(layer)
         if reason is not None:
-            kind = type(layer).__name__
-            raise ExportError(f"layer {name or 'front'!r} ({kind}) cannot be exported: {reason}")
+            raise ExportError(f"layer {where!r} ({kind}) cannot be exported: {reason}")
 
 
 def _refusal(layer: nn.Module) -> str | None:

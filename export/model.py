@@ -60,13 +60,9 @@ def extract(traced: onnx.ModelProto, inputs: Sequence[GraphInput], plan: GraphPl
     """
     source = traced.graph
     nodes, used = _needed(source, plan.outputs.values())
-    foreign = sorted(
-        {f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")}
-    )
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")})
     if foreign or traced.functions:
-        raise ExportError(
-            f"the graph needs operators outside ai.onnx: {', '.join(foreign) or 'local functions'}"
-        )
+        raise ExportError(f"the graph needs operators outside ai.onnx: {', '.join(foreign) or 'local functions'}")
     unplanned = sorted(used & {entry.name for entry in inputs if not entry.baked} - set(plan.inputs.values()))
     if unplanned:
         raise ExportError(f"the graph needs inputs that its plan leaves out: {', '.join(unplanned)}")

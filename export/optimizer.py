@@ -54,9 +54,7 @@ def initial_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
             return {}
         return {f"{name}.momentum": torch.zeros_like(tensor) for name, tensor in parameters.items()}
     state = {
-        f"{name}.{moment}": torch.zeros_like(tensor)
-        for name, tensor in parameters.items()
-        for moment in ("m", "v")
+        f"{name}.{moment}": torch.zeros_like(tensor) for name, tensor in parameters.items() for moment in ("m", "v")
     }
     state["t"] = torch.zeros(())
     return state

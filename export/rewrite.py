@@ -1,8 +1,8 @@
 """The same front in a form whose gradient is cheaper on a device: pools without index lists.
 
-A pool's gradient goes to the first maximum of each window. onnxruntime finds it with a branch per input value and then
-scatters; here the window's values are compared as whole planes instead. Results and gradients are those of the layers that
-are replaced, ties included; names of weights stay.
+A pool's gradient goes to the first maximum of each window. onnxruntime finds it with a branch per input value
+and then scatters; here the window's values are compared as whole planes instead. Results and gradients are
+those of the layers that are replaced, ties included; names of weights stay.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _FEW_CHANNELS = 4
 def cheap_gradient(front: nn.Module) -> nn.Module:
     """A copy of a sequential front with its 2x2 max-pools rewritten; any other module is only copied.
 
-    ReLU directly before a pool moves behind it, where it has a quarter of the work. A first convolution of few channels
-    before such a pool computes the window's four values as four planes.
+    ReLU directly before a pool moves behind it, where it has a quarter of the work. A first convolution of
+    few channels before such a pool computes the window's four values as four planes.
     """
     front = copy.deepcopy(front)
     if type(front) is not nn.Sequential:
         return front
-    layers = list(front.named_children())
+    layers = list(zip(front._modules, front, strict=True))  # named_children would skip a layer that is used twice
     result: OrderedDict[str, nn.Module] = OrderedDict(layers)
     for position, (name, layer) in enumerate(layers):
         if not _is_plain_pool(layer):
@@ -39,8 +39,9 @@ def cheap_gradient(front: nn.Module) -> nn.Module:
         if active:
             result[layers[before][0]] = nn.Identity()
             before -= 1
-        if before == 0 and _is_thin(layers[before][1]):
-            result[layers[before][0]] = _PooledConvolution(layers[before][1])
+        first = layers[0][1]
+        if before == 0 and isinstance(first, nn.Conv2d) and _is_thin(first):
+            result[layers[0][0]] = _PooledConvolution(first)
             pool = nn.Identity()
         result[name] = nn.Sequential(pool, nn.ReLU()) if active else pool
     return nn.Sequential(result)
@@ -54,13 +55,9 @@ def _is_plain_pool(layer: nn.Module) -> bool:
     return fits and layer.dilation in (1, (1, 1)) and not layer.ceil_mode and not layer.return_indices
 
 
-def _is_thin(layer: nn.Module) -> bool:
+def _is_thin(layer: nn.Conv2d) -> bool:
     return (
-        type(layer) is nn.Conv2d
-        and layer.in_channels <= _FEW_CHANNELS
-        and layer.groups == 1
-        and layer.stride == (1, 1)
-        and layer.dilation == (1, 1)
+        layer.in_channels <= _FEW_CHANNELS and layer.groups == 1 and layer.stride == (1, 1) and layer.dilation == (1, 1)
     )
 
 
@@ -100,10 +97,10 @@ class _PooledConvolution(nn.Module):
         spread = spread.reshape(fan_out, fan_in, 4, kernel[0] + 1, kernel[1] + 1).permute(2, 0, 1, 3, 4)
         stacked = spread.reshape(4 * fan_out, fan_in, kernel[0] + 1, kernel[1] + 1)
         bias = None if self.bias is None else torch.cat([self.bias] * 4)
-        planes = nn.functional.conv2d(x, stacked, bias, stride=2, padding=self.padding).split(fan_out, dim=1)
-        best = planes[0]
-        for plane in planes[1:]:
-            best = _Larger.apply(best, plane)
+        values = nn.functional.conv2d(x, stacked, bias, stride=2, padding=self.padding)
+        best, *others = torch.split(values, fan_out, dim=1)
+        for plane in others:
+            best = _Larger.apply(best, plane)  # type: ignore[no-untyped-call]
         return best
 
 
@@ -126,6 +123,9 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         x, best = ctx.saved_tensors
         channels, (height, width) = x.shape[1], best.shape[2:]
+        odd = [x.shape[2] - 2 * height, x.shape[3] - 2 * width]
+        if any(odd):
+            x = x[:, :, : 2 * height, : 2 * width]
         rest, parts = gradient, []
         pool = nn.functional.max_pool2d
         row, column = pool(x, (1, 2), stride=2), pool(x, (2, 1), stride=2)
@@ -135,11 +135,10 @@ class _Pool(torch.autograd.Function):
         planes = torch.cat([part.unsqueeze(2) for part in (*parts, rest)], dim=2)
         planes = planes.reshape(-1, 4 * channels, height, width)
         corner = torch.eye(4, dtype=x.dtype).reshape(4, 1, 2, 2).repeat(channels, 1, 1, 1)
-        odd = [x.shape[2] - 2 * height, x.shape[3] - 2 * width]
         return nn.functional.conv_transpose2d(planes, corner, stride=2, output_padding=odd, groups=channels)
 
 
 class _PlanePool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _Pool.apply(x)
+        result: Tensor = _Pool.apply(x)  # type: ignore[no-untyped-call]
         return result

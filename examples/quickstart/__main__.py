@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     for option in ("devices", "rounds", "batch"):
-        if getattr(arguments, option) < 1:
+        if (getattr(arguments, option) or 1) < 1:
             raise ConfigError(f"--{option} must be at least 1")
     if arguments.seed < 0:
         raise ConfigError("--seed must be at least 0")
@@ -93,6 +93,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     division = divide(name, dataset, arguments.devices, arguments.seed)
     _introduce(console, division)
     shape = dataset.input_shape
+    batch = arguments.batch or max(8, min(32, 32 * 28 * 28 // (shape[1] * shape[2])))
+    batch = min(batch, *(len(train) for train, _ in division.shards))
     shift = max(round(0.07 * min(shape[1:])), 1) if arguments.shift is None else arguments.shift
     out: Path = arguments.out
     try:
@@ -123,7 +125,6 @@ def _demo(arguments: argparse.Namespace) -> int:
                     perturb_towards=arguments.perturb_towards,
                 )
                 built = build_bundle(out / profile / "net.psgl", options, guide)
-            batch = min(arguments.batch, *(len(train) for train, _ in division.shards))
             fleet = FleetOptions(
                 folder=out / profile,
                 bundle=built.bundle,

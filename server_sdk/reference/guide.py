@@ -33,9 +33,7 @@ class Guide(nn.Module):
         if len(shape) not in (2, 3):
             raise ModelError(f"input shape {shape} is neither (channels, time) nor (channels, height, width)")
         if any(extent % 2 or extent < _SMALLEST_EXTENT for extent in shape[1:]):
-            raise ModelError(
-                f"input grid {shape[1:]} needs even extents of at least {_SMALLEST_EXTENT}: pad the input"
-            )
+            raise ModelError(f"input grid {shape[1:]} needs even extents of at least {_SMALLEST_EXTENT}: pad the input")
         if classes < 2:
             raise ModelError(f"a guide needs at least 2 classes, not {classes}")
         self.shape = tuple(shape)

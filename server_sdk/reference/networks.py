@@ -28,13 +28,9 @@ def reference_network(in_channels: int, grid: Sequence[int], classes: int) -> nn
         ModelError: a grid of neither one nor two axes, or too small for the two pools.
     """
     if len(grid) not in (1, 2):
-        raise ModelError(
-            f"grid {tuple(grid)} has {len(grid)} axes: networks for 1 (signal) and 2 (image) exist"
-        )
+        raise ModelError(f"grid {tuple(grid)} has {len(grid)} axes: networks for 1 (signal) and 2 (image) exist")
     if min(grid) < 4:
-        raise ModelError(
-            f"grid {tuple(grid)} is too small for two pools: at least 4 cells an axis are needed"
-        )
+        raise ModelError(f"grid {tuple(grid)} is too small for two pools: at least 4 cells an axis are needed")
     image = len(grid) == 2
 
     def convolution(fan_in: int, fan_out: int) -> nn.Module:

@@ -81,9 +81,7 @@ def space_to_depth(x: Tensor, factor: int = 2) -> Tensor:
     """
     batch, channels, *grid = x.shape
     if any(extent % factor for extent in grid):
-        raise ModelError(
-            f"input grid {tuple(grid)} is not a multiple of {factor}: pad or crop the sensor's batch"
-        )
+        raise ModelError(f"input grid {tuple(grid)} is not a multiple of {factor}: pad or crop the sensor's batch")
     axes = len(grid)
     if axes == 2:
         return torch.nn.functional.pixel_unshuffle(x, factor)

@@ -65,13 +65,9 @@ class ServerPart:
                 base_weights={str(name): float(weight) for name, weight in part["base_weights"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise ModelError(
-                f"the bundle does not say how to train its back ({exc}): export it again"
-            ) from exc
+            raise ModelError(f"the bundle does not say how to train its back ({exc}): export it again") from exc
         if found.gradient_from not in ("fused", "all") or not set(found.streams) <= set(STREAMS):
-            raise ModelError(
-                "the bundle names streams that this server does not have: upgrade psgl or export it again"
-            )
+            raise ModelError("the bundle names streams that this server does not have: upgrade psgl or export it again")
         return found
 
 

@@ -51,9 +51,7 @@ def build(spec: ModelSpec, seed: int, *, allow_foreign: bool = False) -> nn.Sequ
     if not module_name or not function:
         raise ModelError(f"factory {spec.factory!r} is not of the form 'module:function'")
     if not allow_foreign and not module_name.startswith(_OWN):
-        raise ModelError(
-            f"factory {spec.factory!r} is outside server_sdk.reference: allow_foreign=True permits it"
-        )
+        raise ModelError(f"factory {spec.factory!r} is outside server_sdk.reference: allow_foreign=True permits it")
     try:
         factory = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as exc:

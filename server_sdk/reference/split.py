@@ -27,10 +27,8 @@ def split(model: nn.Sequential, cut: str) -> tuple[nn.Sequential, nn.Sequential]
         ModelError: ``model`` is not sequential, has no such layer, or ``cut`` is its last one.
     """
     if not isinstance(model, nn.Sequential):
-        raise ModelError(
-            f"a {type(model).__name__} cannot be split: give a torch.nn.Sequential of named layers"
-        )
-    layers = list(model.named_children())
+        raise ModelError(f"a {type(model).__name__} cannot be split: give a torch.nn.Sequential of named layers")
+    layers = list(zip(model._modules, model, strict=True))  # named_children would skip a layer that is used twice
     names = [name for name, _ in layers]
     if cut not in names[:-1]:
         raise ModelError(f"no layer {cut!r} to cut behind: the layers are {', '.join(names[:-1])}")

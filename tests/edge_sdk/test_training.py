@@ -10,6 +10,7 @@ import pytest
 from edge_sdk.batch import Samples
 from edge_sdk.client import Decision
 from edge_sdk.errors import WireError
+from edge_sdk.exchange import Plan
 from edge_sdk.training import Evaluation, evaluate, peak_rss_mb
 
 
@@ -20,6 +21,7 @@ class Decider:
         self.guide = guide
         self.epsilons: list[float | None] = []
         self.asked = 0
+        self.plan = Plan("run", "bundle", "training", rounds=1, evaluate_every=0, batch=32)
 
     def infer(self, x: Any, *, epsilon: float | None = None) -> Decision:
         self.epsilons.append(epsilon)

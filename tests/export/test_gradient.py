@@ -107,9 +107,7 @@ def _export(cases: Mapping[str, Case], layers: Mapping[str, nn.Module]) -> dict[
         results = {}
         for name, layer in layers.items():
             weights = {key: tensors[f"{name}.p.{key}"] for key, _ in layer.named_parameters()}
-            y, pull = vjp(
-                lambda x, w, layer=layer: functional_call(layer, w, (x,)), tensors[f"{name}.x"], weights
-            )
+            y, pull = vjp(lambda x, w, layer=layer: functional_call(layer, w, (x,)), tensors[f"{name}.x"], weights)
             dx, gradients = pull(tensors[f"{name}.g"])
             results |= {f"{name}.y": y, f"{name}.dx": dx}
             results |= {f"{name}.d.{key}": gradient for key, gradient in gradients.items()}
@@ -187,9 +185,7 @@ def _convolutions(draw: st.DrawFn) -> Case:
     stride = [draw(st.integers(1, 3)) for _ in range(axes)]
     dilation = [draw(st.integers(1, 2)) for _ in range(axes)]
     padding = [draw(st.integers(0, 2)) for _ in range(axes)]
-    grid = [
-        draw(st.integers((k - 1) * d + 2, (k - 1) * d + 7)) for k, d in zip(kernel, dilation, strict=True)
-    ]
+    grid = [draw(st.integers((k - 1) * d + 2, (k - 1) * d + 7)) for k, d in zip(kernel, dilation, strict=True)]
     bias = draw(st.booleans())
     kind = nn.Conv1d if axes == 1 else nn.Conv2d
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}
@@ -274,6 +270,4 @@ def test_a_missing_input_is_named() -> None:
 def test_a_fixed_batch_is_refused() -> None:
     inputs = [GraphInput("a", torch.ones(3, 2), batched=True)]
     with pytest.raises(ExportError):
-        export_graphs(
-            lambda t: {"y": t["a"].reshape(3, 2) * 2.0}, inputs, {"graph": GraphPlan({"a": "a"}, {"y": "y"})}
-        )
+        export_graphs(lambda t: {"y": t["a"].reshape(3, 2) * 2.0}, inputs, {"graph": GraphPlan({"a": "a"}, {"y": "y"})})

@@ -65,19 +65,19 @@ def _settings() -> dict[str, Setting]:
         "image_sign_momentum": Setting(
             _front(9, (6, 6)), Guide(image, CLASSES), image, Perturbation("sign", 0.2), 2, sgd
         ),
-        "image_max_adam": Setting(
-            _front(3, (12, 12)), Guide(image, CLASSES), image, Perturbation("max", 0.3), 1, adam
-        ),
+        "image_max_adam": Setting(_front(3, (12, 12)), Guide(image, CLASSES), image, Perturbation("max", 0.3), 1, adam),
         "signal_sign_adam": Setting(
             _front(3, (18,)), Guide(signal, CLASSES), signal, Perturbation("sign", 0.2), 2, adam
         ),
-        "vanilla_sgd": Setting(step_front, None, (1, 28, 28), None, 1, Optimizer("sgd", 0.1)),
+        "vanilla_sgd": Setting(step_front, None, (1, 26, 28), None, 1, Optimizer("sgd", 0.1)),
         "vanilla_downsampled": Setting(_front(4, (4, 5)), None, (1, 8, 10), None, 2, sgd),
     }
 
 
 SETTINGS = _settings()
 PERTURBED = [name for name, setting in SETTINGS.items() if setting.perturbation is not None]
+# a first step of sgd at rate 1 shows the gradient; adam's does not
+STEPPED = [name for name, setting in SETTINGS.items() if setting.optimizer.kind == "sgd"]
 
 
 @pytest.fixture(scope="session")
@@ -192,9 +192,7 @@ def test_the_guide_predicts_where_no_label_is_given(built, run_fast, name: str) 
     blind = run_fast(built[name].train, _forward_feeds(setting, built[name], x, np.full(8, -1), 0.2, "p"))
     predicted = blind["guide"].argmax(1)
     told = run_fast(built[name].train, _forward_feeds(setting, built[name], x, predicted, 0.2, "p"))
-    other = run_fast(
-        built[name].train, _forward_feeds(setting, built[name], x, (predicted + 1) % CLASSES, 0.2, "p")
-    )
+    other = run_fast(built[name].train, _forward_feeds(setting, built[name], x, (predicted + 1) % CLASSES, 0.2, "p"))
     np.testing.assert_array_equal(blind["map"], told["map"])
     assert (blind["map"] != other["map"]).any()
 
@@ -269,11 +267,9 @@ def test_training_steps(built, run, close, name: str) -> None:
         carried = {key.removeprefix("next."): value for key, value in got.items()}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_front_gradient_matches_finite_differences(built, run_fast, name: str) -> None:
     setting, graphs = SETTINGS[name], built[name]
-    if setting.optimizer.kind == "adam":
-        pytest.skip("a step of adam does not show its gradient; the sgd settings do")
     x, generator = _draw(setting, 3, seed=4), np.random.default_rng(2)
     scaled = 0.2 * generator.random(x.shape, dtype=np.float32)
     mapped = torch.from_numpy(scaled).double() if setting.perturbation else None
@@ -379,7 +375,7 @@ def test_drawn_shapes(run_fast, close, channels: int, grid: list[int], batch: in
     front = nn.Sequential(
         convolution(channels * 2 ** len(grid) + 1, hidden, 3, padding=1, bias=False),
         norm(hidden),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         pool(2),
     )
     guide = Guide(shape, CLASSES)
@@ -399,9 +395,7 @@ def test_drawn_shapes(run_fast, close, channels: int, grid: list[int], batch: in
     close(got["activations"], out, "activations")
     out.sum().backward()
     feeds = {"perturbed": got["perturbed"], "map": got["map"], "rate": np.array(1.0, np.float32)}
-    stepped = run_fast(
-        graphs.backward, feeds | {"gradient": np.ones_like(got["activations"])} | graphs.tensors
-    )
+    stepped = run_fast(graphs.backward, feeds | {"gradient": np.ones_like(got["activations"])} | graphs.tensors)
     for key, parameter in exact.named_parameters():
         change = graphs.tensors[f"p.{key}"] - stepped[f"next.p.{key}"]
         close(change, parameter.grad, key, relative=1e-4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from export.errors import ExportError
@@ -41,3 +42,10 @@ def test_a_refused_layer_is_named_with_the_reason(layer: nn.Module, reason: str)
     front.add_module("culprit", layer)
     with pytest.raises(ExportError, match=rf"'culprit' \({type(layer).__name__}\).*{reason}"):
         check_layers(front)
+
+
+def test_a_buffer_outside_batch_norm_is_refused() -> None:
+    layer = _Own()
+    layer.register_buffer("scale", torch.ones(3))
+    with pytest.raises(ExportError, match=r"layer '0'.*buffer 'scale'"):
+        check_layers(nn.Sequential(layer))

@@ -23,9 +23,7 @@ def test_steps_are_torchs(rule: Optimizer) -> None:
     own = {name: p.detach().clone() for name, p in layer.named_parameters()}
     state = initial_state(rule, own)
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    options = (
-        {"momentum": rule.momentum} if rule.kind == "sgd" else {"betas": rule.betas, "eps": rule.epsilon}
-    )
+    options = {"momentum": rule.momentum} if rule.kind == "sgd" else {"betas": rule.betas, "eps": rule.epsilon}
     torchs = kinds[rule.kind](layer.parameters(), lr=rule.learning_rate, **options)
     for _ in range(6):
         gradients = {name: torch.randn_like(p) for name, p in own.items()}

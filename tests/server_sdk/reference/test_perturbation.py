@@ -33,8 +33,12 @@ def test_space_to_depth_loses_nothing(shape: tuple[int, ...]) -> None:
     blocks = space_to_depth(x)
     assert blocks.shape == (2, shape[0] * 2 ** (len(shape) - 1), *(extent // 2 for extent in shape[1:]))
     assert sorted(blocks.flatten().tolist()) == sorted(x.flatten().tolist())
-    last = blocks[:, -1]  # last channel, last offset
-    assert torch.equal(last, x[:, -1, 1::2] if len(shape) == 2 else x[:, -1, 1::2, 1::2])
+    planes = []
+    for channel in range(shape[0]):
+        for row in range(2):
+            image = [x[:, channel, row::2, column::2] for column in range(2)] if len(shape) == 3 else []
+            planes += image or [x[:, channel, row::2]]
+    assert torch.equal(blocks, torch.stack(planes, 1))
 
 
 def test_space_to_depth_orders_image_channels_as_pixel_unshuffle() -> None:

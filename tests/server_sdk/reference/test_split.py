@@ -36,3 +36,11 @@ def test_an_impossible_cut_names_the_layers(cut: str) -> None:
 def test_only_sequential_models() -> None:
     with pytest.raises(ModelError, match="Linear"):
         split(nn.Linear(2, 2), "a")  # type: ignore[arg-type]
+
+
+def test_a_layer_that_is_used_twice_stays_twice() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(3, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2))
+    front, back = split(model, "3")
+    x = torch.randn(5, 3)
+    assert len(front) == 4 and torch.equal(back(front(x)), model(x))
