@@ -7,9 +7,9 @@ import json
 import os
 import platform
 import sys
-from pathlib import Path
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 
 __all__ = ["options", "print_figures", "ratio"]
@@ -28,9 +28,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def print_figures(
-    figures: Mapping[str, float], samples: Mapping[str, Sequence[float]], *, as_json: bool
-) -> None:
+def print_figures(figures: Mapping[str, float], samples: Mapping[str, Sequence[float]], *, as_json: bool) -> None:
     """Print a line for each figure, and with ``--json`` the whole object."""
     for name, value in figures.items():
         print(f"{name:48} {value:.4g}", file=sys.stderr if as_json else sys.stdout)
@@ -48,9 +46,7 @@ def print_figures(
                     "figures": {name: round(value, 4) for name, value in figures.items()},
                     "command": "python -m " + " ".join(["benchmarks." + _module(), *sys.argv[1:]]),
                     "machine": machine,
-                    "samples": {
-                        name: [round(value, 4) for value in values] for name, values in samples.items()
-                    },
+                    "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
                 }
             )
         )

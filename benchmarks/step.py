@@ -35,9 +35,7 @@ def main() -> int:
     """Measure and print."""
     parser = options("step", __doc__.split("\n")[0])
     parser.add_argument("--broker", choices=("auto", "mosquitto", "amqtt"), default="auto")
-    parser.add_argument(
-        "--codec", choices=("float32", "float16"), default="float32", help="default: %(default)s"
-    )
+    parser.add_argument("--codec", choices=("float32", "float16"), default="float32", help="default: %(default)s")
     parser.add_argument("--chunk-bytes", type=int, default=65536, help="default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -96,9 +96,7 @@ def as_batch(x: npt.ArrayLike, input_shape: tuple[int, ...], *, max_batch: int) 
     if array.dtype.kind == "u":
         return np.ascontiguousarray(array, dtype=np.float32) / np.float32(np.iinfo(array.dtype).max)
     if array.dtype.kind != "f":
-        raise BatchError(
-            f"samples are unsigned integers or floats, these are {array.dtype}: convert them first"
-        )
+        raise BatchError(f"samples are unsigned integers or floats, these are {array.dtype}: convert them first")
     batch = np.ascontiguousarray(array, dtype=np.float32)
     # The comparison is false for NaN, so this one pass finds NaN, infinity and range errors.
     if not ((batch >= 0) & (batch <= 1)).all():
@@ -121,17 +119,13 @@ def as_labels(y: npt.ArrayLike, count: int, classes: int) -> npt.NDArray[np.int6
     """
     labels = np.asarray(y)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise BatchError(
-            f"{count} samples need {count} integer labels, got {labels.dtype} of shape {labels.shape}"
-        )
-    if count and not (0 <= labels.min() and labels.max() < classes):
+        raise BatchError(f"{count} samples need {count} integer labels, got {labels.dtype} of shape {labels.shape}")
+    if count and not (labels.min() >= 0 and labels.max() < classes):
         raise BatchError(f"labels are 0 to {classes - 1}, got {labels.min()} to {labels.max()}: relabel them")
     return labels.astype(np.int64)
 
 
-def batches(
-    samples: Samples, batch_size: int, *, seed: int, device: str, shift: int = 0
-) -> Iterator[Samples]:
+def batches(samples: Samples, batch_size: int, *, seed: int, device: str, shift: int = 0) -> Iterator[Samples]:
     """Endless full batches in an order that depends on the seed and the device alone.
 
     Every pass over the samples draws a new permutation; a batch may span two passes.
@@ -158,9 +152,7 @@ def _shifted(x: npt.NDArray[Any], by: int, generator: np.random.Generator) -> np
     axes = x.shape[2:]
     grown = np.pad(x, ((0, 0), (0, 0), *((by, by) for _ in axes)), mode="edge")
     offsets = generator.integers(0, 2 * by + 1, (len(x), len(axes)))
-    cut = [
-        tuple(slice(start, start + size) for start, size in zip(row, axes, strict=True)) for row in offsets
-    ]
+    cut = [tuple(slice(start, start + size) for start, size in zip(row, axes, strict=True)) for row in offsets]
     return np.stack([image[(slice(None), *window)] for image, window in zip(grown, cut, strict=True)])
 
 
@@ -199,9 +191,7 @@ def load_dataset(path: str | Path) -> Dataset:
     if height % 2 or width % 2:
         padding = ((0, 0), (0, 0), (0, height % 2), (0, width % 2))
         grown = [replace(part, x=np.pad(part.x, padding)) for part in (train, test)]
-        note = (
-            f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
-        )
+        note = f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
         dataset = Dataset(grown[0], grown[1], classes, (note,))
     return dataset
 
@@ -210,9 +200,7 @@ def _read(path: Path) -> list[npt.NDArray[Any]]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise BatchError(
-                f"{path} is a single array: save x_train, y_train, x_test, y_test with numpy.savez"
-            )
+            raise BatchError(f"{path} is a single array: save x_train, y_train, x_test, y_test with numpy.savez")
         with loaded as archive:
             for names in _NAMES:
                 if all(name in archive.files for name in names):
@@ -224,9 +212,7 @@ def _read(path: Path) -> list[npt.NDArray[Any]]:
     except FileNotFoundError as exc:
         raise BatchError(f"there is no data file at {path}") from exc
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-        raise BatchError(
-            f"{path} is not a readable .npz file of plain arrays: save it again with numpy.savez"
-        ) from exc
+        raise BatchError(f"{path} is not a readable .npz file of plain arrays: save it again with numpy.savez") from exc
     except MemoryError as exc:
         raise BatchError(f"{path} does not fit into memory: use fewer samples") from exc
 
@@ -253,9 +239,7 @@ def _samples(path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any], part: str) ->
         )
     if x.dtype.kind not in "u":
         if x.dtype.kind not in "fi":
-            raise BatchError(
-                f"{path}: {part} samples are {x.dtype}: needed are unsigned integers, or floats in [0, 1]"
-            )
+            raise BatchError(f"{path}: {part} samples are {x.dtype}: needed are unsigned integers, or floats in [0, 1]")
         if not np.isfinite(x).all():
             raise BatchError(f"{path}: {part} samples hold NaN or infinite values: drop or repair them")
         if x.min() < 0 or x.max() > 1:

@@ -36,9 +36,7 @@ def to_body(message: Message, codec: str = "float32", limits: Limits = DEFAULT_L
     identity = [message.kind, message.run, message.session, message.step]
     body = cbor.dumps({"id": identity, "fields": message.fields, "tensors": tensors})
     if len(body) > limits.max_message_bytes:
-        raise WireError(
-            "limit", f"a body of {len(body)} bytes is above max_message_bytes: send smaller batches"
-        )
+        raise WireError("limit", f"a body of {len(body)} bytes is above max_message_bytes: send smaller batches")
     cbor.check(body, limits, TENSOR_TAGS)
     return body
 
@@ -50,9 +48,7 @@ def from_body(body: bytes, limits: Limits = DEFAULT_LIMITS) -> Message:
         WireError: every reason of the protocol but those of frames.
     """
     if len(body) > limits.max_message_bytes:
-        raise WireError(
-            "limit", f"a body of {len(body)} bytes is above max_message_bytes={limits.max_message_bytes}"
-        )
+        raise WireError("limit", f"a body of {len(body)} bytes is above max_message_bytes={limits.max_message_bytes}")
     content = cbor.loads(body, limits, TENSOR_TAGS)
     if not isinstance(content, dict) or content.keys() != {"id", "fields", "tensors"}:
         raise WireError("schema", 'a body must be the map {"id", "fields", "tensors"}')

@@ -37,7 +37,7 @@ _MAX_FILES = 32
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_FILE_BYTES = 128 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_GRAPHS = ("train", "infer", "backward")
+_GRAPHS = ("train", "infer", "prepare", "backward")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Bundle:
     Attributes:
         id: 32 hexadecimal digits that stand for every byte of the bundle.
         manifest: what it says of itself.
-        graphs: ONNX bytes by name (``train``, ``infer``, ``backward``).
+        graphs: ONNX bytes by name (``train``, ``infer``, ``prepare``, ``backward``).
         initial: front tensors by name: ``p.*`` parameters, ``b.*`` statistics, ``s.*`` optimizer state.
     """
 
@@ -97,7 +97,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     Args:
         path: the file to write; a file that stands there is replaced.
         manifest: what the bundle says of itself.
-        files: ``train.onnx``, ``infer.onnx``, ``backward.onnx``, ``initial.cbor`` and others by name.
+        files: ``initial.cbor`` and the four graphs, ``train.onnx`` and so on, by name.
 
     Returns:
         The bundle's id.
@@ -118,9 +118,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
         "format": _FORMAT,
         "version": FORMAT_VERSION,
         **asdict(manifest),
-        "files": {
-            n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())
-        },
+        "files": {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())},
     }
     text = json.dumps(document, indent=1, sort_keys=True).encode()
     try:
@@ -169,12 +167,8 @@ def load_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{path}: {INITIAL} is not readable ({exc}): {remedy}") from exc
     for name, array in initial.items():
         if name[:2] not in ("p.", "b.", "s.") or array.dtype != np.float32 or not np.isfinite(array).all():
-            raise BundleError(
-                f"{path}: initial tensor {name!r} is not a finite float32 front tensor: {remedy}"
-            )
-    return Bundle(
-        _bundle_id(text), manifest, {graph: contents[f"{graph}.onnx"] for graph in _GRAPHS}, initial
-    )
+            raise BundleError(f"{path}: initial tensor {name!r} is not a finite float32 front tensor: {remedy}")
+    return Bundle(_bundle_id(text), manifest, {graph: contents[f"{graph}.onnx"] for graph in _GRAPHS}, initial)
 
 
 def _bundle_id(manifest: bytes) -> str:
@@ -187,9 +181,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
         raise BundleError(f"{path} is not a bundle: it needs one {MANIFEST} and at most {_MAX_FILES} files")
     for name in entries:
         if not _NAME.fullmatch(name):
-            raise BundleError(
-                f"{path} holds a file with the name {name!r}, which no bundle has: do not use it"
-            )
+            raise BundleError(f"{path} holds a file with the name {name!r}, which no bundle has: do not use it")
     text = _unpack(archive, entries[MANIFEST], _MAX_MANIFEST_BYTES, path)
     try:
         document = json.loads(text)
@@ -225,9 +217,7 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int, path: 
     with archive.open(entry) as stream:
         data = stream.read(entry.file_size + 1)
     if len(data) != entry.file_size:
-        raise BundleError(
-            f"{path}: {entry.filename} is not as long as declared: copy or export the bundle again"
-        )
+        raise BundleError(f"{path}: {entry.filename} is not as long as declared: copy or export the bundle again")
     return data
 
 

@@ -75,9 +75,7 @@ def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
         is_key = in_map and remaining % 2 == 0
         remaining -= 1
         if budget <= 0:
-            raise WireError(
-                "limit", f"more than max_items={limits.max_items} CBOR items: raise the limit or send less"
-            )
+            raise WireError("limit", f"more than max_items={limits.max_items} CBOR items: raise the limit or send less")
         budget -= 1
         if position >= end:
             raise _truncated(position)
@@ -101,9 +99,7 @@ def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
             if value > end - position:
                 raise _truncated(position)
             if major == _TEXT and value > limits.max_text_bytes:
-                raise WireError(
-                    "limit", f"a text of {value} bytes is above max_text_bytes={limits.max_text_bytes}"
-                )
+                raise WireError("limit", f"a text of {value} bytes is above max_text_bytes={limits.max_text_bytes}")
             position += value
         elif major == _OTHER:
             if info not in _SIMPLE and info not in _FLOATS:
@@ -124,9 +120,7 @@ def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
 
 
 def _truncated(position: int) -> WireError:
-    return WireError(
-        "truncated", f"the bytes end inside an item that begins before byte {position}: send them whole"
-    )
+    return WireError("truncated", f"the bytes end inside an item that begins before byte {position}: send them whole")
 
 
 def _line(exc: Exception) -> str:

@@ -68,14 +68,10 @@ def cut(message: Message, body: bytes, chunk_bytes: int, limits: Limits = DEFAUL
             more than ``max_chunks`` frames.
     """
     if type(chunk_bytes) is not int or not 1 <= chunk_bytes <= limits.max_chunk_bytes:
-        raise ConfigError(
-            f"chunk_bytes={chunk_bytes!r} must be from 1 to max_chunk_bytes={limits.max_chunk_bytes}"
-        )
+        raise ConfigError(f"chunk_bytes={chunk_bytes!r} must be from 1 to max_chunk_bytes={limits.max_chunk_bytes}")
     count = -(-len(body) // chunk_bytes)
     if count > limits.max_chunks:
-        raise ConfigError(
-            f"{count} chunks are above max_chunks={limits.max_chunks}: raise chunk_bytes={chunk_bytes}"
-        )
+        raise ConfigError(f"{count} chunks are above max_chunks={limits.max_chunks}: raise chunk_bytes={chunk_bytes}")
     header = {
         "v": VERSION,
         "kind": message.kind,
@@ -103,9 +99,7 @@ def decode_frame(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Frame:
             ``limit``.
     """
     if len(data) > limits.max_chunk_bytes + _HEADER_BYTES:
-        raise WireError(
-            "limit", f"a frame of {len(data)} bytes is above max_chunk_bytes={limits.max_chunk_bytes}"
-        )
+        raise WireError("limit", f"a frame of {len(data)} bytes is above max_chunk_bytes={limits.max_chunk_bytes}")
     content = cbor.loads(bytes(data), _FRAME_SHAPE)
     if not isinstance(content, dict) or type(content.get("v")) is not int:
         raise WireError("schema", "a frame must be a map with its version in 'v'")
@@ -206,16 +200,12 @@ class Assembler:
                 ``decode_body``.
         """
         if frame.size > self._limits.max_message_bytes or frame.count > self._limits.max_chunks:
-            raise WireError(
-                "limit", f"a message of {frame.size} bytes in {frame.count} chunks is above the limits"
-            )
+            raise WireError("limit", f"a message of {frame.size} bytes in {frame.count} chunks is above the limits")
         if frame.count == 1:
             return decode_body(frame, frame.body, self._limits)
         partial = self._partials.pop(frame.key, None) or _Partial(frame)
         known = partial.chunks.get(frame.index)
-        if partial.header != (frame.count, frame.size, frame.crc) or (
-            known is not None and known != frame.body
-        ):
+        if partial.header != (frame.count, frame.size, frame.crc) or (known is not None and known != frame.body):
             raise WireError(
                 "conflict", f"chunks of step {frame.step} ({frame.kind}) differ: send the whole message again"
             )
@@ -223,9 +213,7 @@ class Assembler:
             partial.chunks[frame.index] = frame.body
             partial.held_bytes += len(frame.body)
             if partial.held_bytes + frame.count - len(partial.chunks) > frame.size:
-                raise WireError(
-                    "conflict", f"chunks of step {frame.step} ({frame.kind}) are longer than their size"
-                )
+                raise WireError("conflict", f"chunks of step {frame.step} ({frame.kind}) are longer than their size")
         if len(partial.chunks) == frame.count:
             return decode_body(frame, b"".join(partial.chunks[i] for i in range(frame.count)), self._limits)
         while len(self._partials) >= self._max_partial:

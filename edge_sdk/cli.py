@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float16",
         help="activations on the wire (default %(default)s)",
     )
-    train.add_argument(
-        "--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)"
-    )
+    train.add_argument("--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)")
     train.add_argument(
         "--wait-s", type=float, default=120.0, help="wait this long for the server (default %(default)s)"
     )
@@ -69,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument(
         "--measure-clean", action="store_true", help="evaluate once more at the end WITHOUT the perturbation"
     )
-    train.add_argument(
-        "--save-front", type=Path, metavar="FILE", help="write the trained front's tensors here (CBOR)"
-    )
+    train.add_argument("--save-front", type=Path, metavar="FILE", help="write the trained front's tensors here (CBOR)")
     train.add_argument(
         "--report",
         type=Path,
@@ -94,16 +90,12 @@ def _run(arguments: argparse.Namespace) -> int:
             "use the bundle that was exported for this data"
         )
     if dataset.classes > len(bundle.manifest.classes):
-        raise BatchError(
-            f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}"
-        )
+        raise BatchError(f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}")
     if not 1024 <= arguments.chunk_bytes <= 1 << 20:
         raise ConfigError("--chunk-bytes is 1024 to 1048576")
     if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
         raise ConfigError("--shift is 0 or less than the image's size, --seed at least 0")
-    transport = PahoTransport(
-        connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}"
-    )
+    transport = PahoTransport(connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}")
     client = EdgeClient(
         bundle,
         transport,

@@ -85,9 +85,7 @@ def from_typed_array(name: str, value: object, limits: Limits = DEFAULT_LIMITS) 
         WireError: reasons ``schema``, ``dtype``, ``shape``, ``limit``.
     """
     match value:
-        case cbor2.CBORTag(
-            tag=40, value=[(list() | tuple()) as dims, cbor2.CBORTag(tag=tag, value=bytes() as data)]
-        ):
+        case cbor2.CBORTag(tag=40, value=[(list() | tuple()) as dims, cbor2.CBORTag(tag=tag, value=bytes() as data)]):
             pass
         case _:
             raise WireError("schema", f"tensor {name!r} is not a typed array: tag 40 [[dims], tag(bytes)]")
@@ -95,9 +93,7 @@ def from_typed_array(name: str, value: object, limits: Limits = DEFAULT_LIMITS) 
     if dtype is None:
         raise WireError("dtype", f"tensor {name!r} has element tag {tag}: use one of {sorted(_DTYPES)}")
     if len(dims) > limits.max_dims:
-        raise WireError(
-            "limit", f"tensor {name!r} has {len(dims)} dimensions, above max_dims={limits.max_dims}"
-        )
+        raise WireError("limit", f"tensor {name!r} has {len(dims)} dimensions, above max_dims={limits.max_dims}")
     elements = 1
     for dim in dims:
         if type(dim) is not int or dim < 1:
@@ -106,9 +102,7 @@ def from_typed_array(name: str, value: object, limits: Limits = DEFAULT_LIMITS) 
         if elements > limits.max_elements:
             raise WireError("limit", f"tensor {name!r} is above max_elements={limits.max_elements}")
     if elements * dtype.itemsize != len(data):
-        raise WireError(
-            "shape", f"tensor {name!r} declares shape {tuple(dims)} but carries {len(data)} bytes"
-        )
+        raise WireError("shape", f"tensor {name!r} declares shape {tuple(dims)} but carries {len(data)} bytes")
     flat = np.frombuffer(data, dtype)
     return flat.astype(dtype.newbyteorder("="), copy=False).reshape(dims)
 
@@ -166,12 +160,8 @@ def pack_tensors(tensors: Mapping[str, Array], limits: Limits = DEFAULT_LIMITS) 
     for name, array in tensors.items():
         if not isinstance(name, str):
             raise WireError("schema", f"a tensor's name must be text, not {type(name).__name__}")
-        if isinstance(array, np.ndarray) and (
-            array.ndim > limits.max_dims or array.size > limits.max_elements
-        ):
-            raise WireError(
-                "limit", f"tensor {name!r} of shape {array.shape} is above max_dims or max_elements"
-            )
+        if isinstance(array, np.ndarray) and (array.ndim > limits.max_dims or array.size > limits.max_elements):
+            raise WireError("limit", f"tensor {name!r} of shape {array.shape} is above max_dims or max_elements")
     _check_count(len(tensors), limits)
     data = cbor.dumps({name: to_typed_array(name, array) for name, array in tensors.items()})
     _check_bytes(len(data), limits)
@@ -195,9 +185,7 @@ def unpack_tensors(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, Ar
 
 def _check_bytes(size: int, limits: Limits) -> None:
     if size > limits.max_message_bytes:
-        raise WireError(
-            "limit", f"{size} bytes of tensors are above max_message_bytes={limits.max_message_bytes}"
-        )
+        raise WireError("limit", f"{size} bytes of tensors are above max_message_bytes={limits.max_message_bytes}")
 
 
 def _check_count(count: int, limits: Limits) -> None:

@@ -48,15 +48,9 @@ def add_broker_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, help="broker's port (default 1883, with TLS 8883)")
     group.add_argument("--fleet", default="default", help="name of the fleet (default %(default)s)")
     group.add_argument("--user", help="user name; the password comes from --password-file or PSGL_PASSWORD")
-    group.add_argument(
-        "--password-file", type=Path, metavar="FILE", help="file whose first line is the password"
-    )
-    group.add_argument(
-        "--tls", action="store_true", help="encrypt, trusting the system's certificate authorities"
-    )
-    group.add_argument(
-        "--ca", type=Path, metavar="FILE", help="encrypt, trusting this certificate authority (PEM)"
-    )
+    group.add_argument("--password-file", type=Path, metavar="FILE", help="file whose first line is the password")
+    group.add_argument("--tls", action="store_true", help="encrypt, trusting the system's certificate authorities")
+    group.add_argument("--ca", type=Path, metavar="FILE", help="encrypt, trusting this certificate authority (PEM)")
     group.add_argument("--cert", type=Path, metavar="FILE", help="certificate of this client (PEM)")
     group.add_argument("--key", type=Path, metavar="FILE", help="private key of this client (PEM)")
     group.add_argument(

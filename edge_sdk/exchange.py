@@ -10,6 +10,7 @@ import platform
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,8 +156,12 @@ class Exchange:
         self._status |= fields
         self._transport.publish(self._state_topic, self._encode(self._status), retain=True)
 
-    def ask(self, outbox: OutboxStep) -> tuple[Message, int]:
+    def ask(self, outbox: OutboxStep, meanwhile: Callable[[], None] = lambda: None) -> tuple[Message, int]:
         """Send a step until its reply comes.
+
+        Args:
+            outbox: the step.
+            meanwhile: called once, after the step was sent for the first time.
 
         Returns:
             The reply, and how often the step was sent again.
@@ -173,6 +178,8 @@ class Exchange:
             generation = self._transport.generation
             self._greet()
             self._send(outbox)
+            if not resent:
+                meanwhile()
             # Jitter keeps a fleet that lost its broker from coming back in one wave.
             resend_at = time.monotonic() + pause * random.uniform(1.0, 1.25)
             pause = min(2 * pause, 8 * self._resend_s)

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BatchError, BundleError
 
-__all__ = ["Forward", "Front", "FrontState"]
+__all__ = ["Forward", "Front", "FrontState", "Prepared"]
 
 Array = npt.NDArray[np.float32]
 
@@ -64,6 +64,17 @@ class Forward:
         return int((~self.map.reshape(len(self.map), -1).any(axis=1)).sum())
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What the backward pass keeps between its two parts.
+
+    Attributes:
+        values: ``r.*``, and ``next.b.*``, the BatchNorm statistics of the next state.
+    """
+
+    values: Mapping[str, Array] = field(repr=False)
+
+
 class Front:
     """The graphs of a bundle, ready to run.
 
@@ -82,7 +93,7 @@ class Front:
         self._options.inter_op_num_threads = 1
         self._options.log_severity_level = 3
         self._options.enable_cpu_mem_arena = False
-        self._sessions = {name: self._session(name) for name in ("train", "infer", "backward")}
+        self._sessions = {name: self._session(name) for name in bundle.graphs}
         self._inputs = {name: [i.name for i in s.get_inputs()] for name, s in self._sessions.items()}
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
         missing = {
@@ -130,15 +141,26 @@ class Front:
         out = self._run("train" if training else "infer", {**state.tensors, **given})
         return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"))
 
-    def backward(
-        self, state: FrontState, perturbed: Array, attack: Array | None, gradient: Array, *, rate: float
-    ) -> FrontState:
-        """Run the backward pass and one optimizer step.
+    def prepare(self, state: FrontState, perturbed: Array, attack: Array | None) -> Prepared:
+        """Run the part of the backward pass that needs no gradient, while the gradient is still on its way.
 
         Args:
             state: the state that the forward pass used.
             perturbed: (N, *input_shape) of that forward pass.
             attack: (N, *input_shape), its normalised map, or None.
+
+        Raises:
+            BatchError: onnxruntime refused the arrays.
+        """
+        given = {"perturbed": perturbed} if attack is None else {"perturbed": perturbed, "map": attack}
+        return Prepared(self._run("prepare", {**state.tensors, **given}))
+
+    def backward(self, state: FrontState, prepared: Prepared, gradient: Array, *, rate: float) -> FrontState:
+        """Run the rest of the backward pass and one optimizer step.
+
+        Args:
+            state: the state that the forward pass used.
+            prepared: of the same state and batch.
             gradient: (N, *cut_shape), the loss's gradient with respect to the activations.
             rate: learning rate of this step.
 
@@ -148,14 +170,8 @@ class Front:
         Raises:
             BatchError: onnxruntime refused the arrays, or the step would leave a parameter that is not finite.
         """
-        given: dict[str, npt.NDArray[Any]] = {
-            "perturbed": perturbed,
-            "gradient": gradient,
-            "rate": np.array(rate, np.float32),
-        }
-        if attack is not None:
-            given["map"] = attack
-        out = self._run("backward", {**state.tensors, **given})
+        given: dict[str, npt.NDArray[Any]] = {"gradient": gradient, "rate": np.array(rate, np.float32)}
+        out = {**prepared.values, **self._run("backward", {**state.tensors, **prepared.values, **given})}
         tensors = {name: out.get(f"next.{name}", value) for name, value in state.tensors.items()}
         if not all(np.isfinite(value).all() for value in tensors.values()):
             raise BatchError("the step would make the front's parameters infinite: lower the learning rate")
@@ -163,9 +179,7 @@ class Front:
 
     def _session(self, name: str) -> ort.InferenceSession:
         try:
-            return ort.InferenceSession(
-                self._bundle.graphs[name], self._options, providers=["CPUExecutionProvider"]
-            )
+            return ort.InferenceSession(self._bundle.graphs[name], self._options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime raises types of its own native module
             reason = str(exc).strip().splitlines()[0][:160]
             raise BundleError(

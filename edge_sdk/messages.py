@@ -109,8 +109,7 @@ class Message:
         if not isinstance(other, Message):
             return NotImplemented
         return (
-            (self.kind, self.run, self.session, self.step)
-            == (other.kind, other.run, other.session, other.step)
+            (self.kind, self.run, self.session, self.step) == (other.kind, other.run, other.session, other.step)
             and self.fields == other.fields
             and self.tensors.keys() == other.tensors.keys()
             and all(
@@ -122,9 +121,7 @@ class Message:
     def __repr__(self) -> str:
         """One line; tensors by dtype and shape, long fields cut."""
         fields = ", ".join(f"{name}={_short(value)}" for name, value in self.fields.items())
-        tensors = ", ".join(
-            f"{name}={array.dtype}{list(array.shape)}" for name, array in self.tensors.items()
-        )
+        tensors = ", ".join(f"{name}={array.dtype}{list(array.shape)}" for name, array in self.tensors.items())
         identity = f"{self.kind!r}, run={self.run!r}, session={self.session!r}, step={self.step}"
         return f"Message({identity}, fields=({fields}), tensors=({tensors}))"
 
@@ -138,9 +135,7 @@ def check_identity(kind: object, run: object, session: object, step: object) -> 
     if not isinstance(kind, str) or kind not in KINDS:
         raise WireError("kind", f"unknown message kind {_short(kind)}: this side knows {', '.join(KINDS)}")
     if not _is_id(run) or not _is_id(session):
-        raise WireError(
-            "schema", f"run and session of {kind!r} must be printable ASCII, at most {_MAX_ID} characters"
-        )
+        raise WireError("schema", f"run and session of {kind!r} must be printable ASCII, at most {_MAX_ID} characters")
     if type(step) is not int or not 0 <= step <= _MAX_STEP:
         raise WireError("schema", f"step of {kind!r} must be an integer from 0 to 2^63-1")
     return kind, str(run), str(session), step
@@ -179,9 +174,7 @@ def check_names(kind: str, present: Mapping[str, object], limits: Limits = DEFAU
         raise WireError("limit", f"{len(present)} tensors are above max_tensors={limits.max_tensors}")
     for name in present:
         if not isinstance(name, str) or _rule(rules, name) is None:
-            raise WireError(
-                "schema", f"a {kind!r} message has no tensor {_short(name)}: it has {list(rules)}"
-            )
+            raise WireError("schema", f"a {kind!r} message has no tensor {_short(name)}: it has {list(rules)}")
     for pattern, rule in rules.items():
         if not any(_rule({pattern: rule}, name) for name in present):
             raise WireError("schema", f"a {kind!r} message needs the tensor {pattern!r}")
@@ -220,18 +213,14 @@ def _plain(value: object, depth: int) -> object:
         if not all(isinstance(key, str) for key in value):
             raise WireError("schema", "the keys of a map in the fields must be text")
         return {str(key): _plain(item, depth - 1) for key, item in value.items()}
-    raise WireError(
-        "schema", f"a field holds a {type(value).__name__}: use text, numbers, booleans, lists and maps"
-    )
+    raise WireError("schema", f"a field holds a {type(value).__name__}: use text, numbers, booleans, lists and maps")
 
 
 def _field(kind: str, name: str, value: object, expected: type) -> object:
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected:
-        raise WireError(
-            "schema", f"field {name!r} of {kind!r} must be {expected.__name__}, not {_short(value)}"
-        )
+        raise WireError("schema", f"field {name!r} of {kind!r} must be {expected.__name__}, not {_short(value)}")
     if isinstance(value, int) and value < 0:
         raise WireError("range", f"field {name!r} of {kind!r} is negative")
     return value
@@ -246,9 +235,7 @@ def _check_chunk_list(chunks: object, limits: Limits) -> None:
 
 def _rule(rules: Mapping[str, TensorRule], name: str) -> TensorRule | None:
     for pattern, rule in rules.items():
-        if name == pattern or (
-            pattern.endswith("*") and name.startswith(pattern[:-1]) and len(name) >= len(pattern)
-        ):
+        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]) and len(name) >= len(pattern)):
             return rule
     return None
 
@@ -269,14 +256,10 @@ def _check_tensors(kind: str, tensors: Mapping[str, Array], limits: Limits) -> N
                 f"tensor {name!r} of {kind!r} has shape {array.shape}: {low}-{high} dimensions, none 0",
             )
         if array.ndim > limits.max_dims or array.size > limits.max_elements:
-            raise WireError(
-                "limit", f"tensor {name!r} of shape {array.shape} is above max_dims or max_elements"
-            )
+            raise WireError("limit", f"tensor {name!r} of shape {array.shape} is above max_dims or max_elements")
         batch = array.shape[0] if batch is None else batch
         if array.shape[0] != batch:
-            raise WireError(
-                "shape", f"tensors of {kind!r} differ in batch size: {batch} and {array.shape[0]}"
-            )
+            raise WireError("shape", f"tensors of {kind!r} differ in batch size: {batch} and {array.shape[0]}")
         if rule.dtype == "float32" and not np.isfinite(array).all():
             raise WireError("nonfinite", f"tensor {name!r} of {kind!r} holds NaN or infinity")
         if rule.dtype == "int64" and array.min() < 0:

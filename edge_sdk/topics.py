@@ -61,9 +61,7 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         shown = repr(name)[:80]
-        raise ConfigError(
-            f"{shown} cannot name a fleet or a device: use 1-64 of the characters A-Z a-z 0-9 _ -"
-        )
+        raise ConfigError(f"{shown} cannot name a fleet or a device: use 1-64 of the characters A-Z a-z 0-9 _ -")
     if name == EVERYONE:
         raise ConfigError(f"the name {EVERYONE!r} is reserved for messages to every device: choose another")
     return name

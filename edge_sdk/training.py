@@ -136,15 +136,8 @@ def follow(
         if step is None:
             break
         done = step.round
-        on_event(
-            {"event": "step", "step": step.step, "round": done, "loss": step.loss, "resent": step.resent}
-        )
-        if (
-            test is not None
-            and plan.evaluate_every
-            and done % plan.evaluate_every == 0
-            and done < plan.rounds
-        ):
+        on_event({"event": "step", "step": step.step, "round": done, "loss": step.loss, "resent": step.resent})
+        if test is not None and plan.evaluate_every and done % plan.evaluate_every == 0 and done < plan.rounds:
             figures = evaluate(client, test.take(np.arange(min(len(test), _INTERIM_SAMPLES)))).as_fields()
             client.tell(round=done, evaluation=figures)
             on_event({"event": "evaluation", "round": done, **figures})

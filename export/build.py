@@ -129,12 +129,8 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         downsample=options.downsample,
         optimizer=options.optimizer,
     )
-    worst = check_parity(
-        graphs, front, guide, options.input_shape, perturbation, options.downsample, options.optimizer
-    )
-    weights = safetensors.torch.save(
-        {name: tensor.contiguous() for name, tensor in back.state_dict().items()}
-    )
+    worst = check_parity(graphs, front, guide, options.input_shape, perturbation, options.downsample, options.optimizer)
+    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
     part = ServerPart(model, options.seed, hashlib.sha256(weights).hexdigest(), profile.streams)
     manifest = Manifest(
         profile=options.profile,
@@ -163,9 +159,7 @@ def _reference(options: BuildOptions, profile: Profile) -> ModelSpec:
     channels, *axes = options.input_shape
     grid = [size // options.downsample for size in axes]
     stacked = channels * options.downsample ** len(axes) + (1 if profile.perturbation else 0)
-    return ModelSpec(
-        REFERENCE, {"in_channels": stacked, "grid": grid, "classes": len(options.classes)}, "relu2"
-    )
+    return ModelSpec(REFERENCE, {"in_channels": stacked, "grid": grid, "classes": len(options.classes)}, "relu2")
 
 
 def _cut_shape(front: nn.Module, options: BuildOptions, *, perturbed: bool) -> tuple[int, ...]:
@@ -182,6 +176,7 @@ def _files(graphs: GraphSet) -> dict[str, bytes]:
     return {
         "train.onnx": graphs.train,
         "infer.onnx": graphs.infer,
+        "prepare.onnx": graphs.prepare,
         "backward.onnx": graphs.backward,
         INITIAL: pack_tensors(graphs.tensors),
     }

@@ -32,18 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
-    build.add_argument(
-        "--profile", choices=("vanilla", "paper"), default="paper", help="(default %(default)s)"
-    )
-    build.add_argument(
-        "-o", "--out", type=Path, required=True, help="bundle to write; the back's weights go beside it"
-    )
-    build.add_argument(
-        "--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)"
-    )
-    build.add_argument(
-        "--seed", type=int, default=0, help="of guide and initial weights (default %(default)s)"
-    )
+    build.add_argument("--profile", choices=("vanilla", "paper"), default="paper", help="(default %(default)s)")
+    build.add_argument("-o", "--out", type=Path, required=True, help="bundle to write; the back's weights go beside it")
+    build.add_argument("--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)")
+    build.add_argument("--seed", type=int, default=0, help="of guide and initial weights (default %(default)s)")
     add_debug(build)
     arguments = parser.parse_args(argv)
     return run(lambda: _build(arguments), debug=getattr(arguments, "debug", False))

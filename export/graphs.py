@@ -1,4 +1,4 @@
-"""The three graphs of a bundle: forward for training, forward for inference, backward with optimizer step.
+"""The graphs of a bundle: forward for training, forward for inference, backward with optimizer step in two parts.
 
 All weights and statistics of the front travel as inputs (``p.*``, ``b.*``), the optimizer's state as ``s.*``;
 the guide is baked in. ``next.*`` outputs are the inputs of the following step.
@@ -22,6 +22,7 @@ from export.gradient import TRACE_BATCH, export_graphs
 from export.layers import check_layers
 from export.model import GraphInput, GraphPlan
 from export.optimizer import Optimizer, initial_state, step
+from export.partition import partition
 from export.rewrite import cheap_gradient
 from server_sdk.reference.perturbation import Perturbation, front_input, perturb
 
@@ -36,13 +37,15 @@ class GraphSet:
         train: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` to ``activations``
             [``perturbed``, ``map``, ``guide (N, K)``]; BatchNorm in training mode.
         infer: the same with ``b.*`` as inputs and BatchNorm in evaluation mode.
-        backward: ``perturbed`` [``map``] ``gradient`` ``rate ()`` ``p.*`` ``b.*`` ``s.*`` to ``next.*`` of
-            the last three.
+        prepare: what of the step needs no gradient: ``perturbed`` [``map``] ``p.*`` ``b.*`` to ``next.b.*`` and to
+            ``r.*``, which are for ``backward`` alone.
+        backward: ``r.*`` ``gradient`` ``rate ()`` ``p.*`` ``s.*`` to ``next.p.*`` and ``next.s.*``.
         tensors: initial ``p.*``, ``b.*``, ``s.*`` in the graphs' order, float32.
     """
 
     train: bytes
     infer: bytes
+    prepare: bytes
     backward: bytes
     tensors: dict[str, npt.NDArray[np.float32]]
 
@@ -77,6 +80,8 @@ def build_graphs(
     check_layers(front)
     builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, optimizer)
     graphs = export_graphs(builder, builder.inputs(), builder.plans())
+    late = {"gradient", "rate", *(f"s.{name}" for name in builder.state)}
+    graphs["prepare"], graphs["backward"] = partition(graphs["backward"], late)
     tensors = {name: tensor.numpy().copy() for name, tensor in builder.carried().items()}
     return GraphSet(**graphs, tensors=tensors)
 

@@ -48,9 +48,7 @@ def check_parity(
     expected: dict[str, Tensor] = {}
     if perturbation is not None and guide is not None:
         given["epsilon"] = np.array(perturbation.epsilon, np.float32)
-        result = perturb(
-            guide, x, label, normalisation=perturbation.normalisation, epsilon=perturbation.epsilon
-        )
+        result = perturb(guide, x, label, normalisation=perturbation.normalisation, epsilon=perturbation.epsilon)
         seen, attack = result.perturbed.detach(), result.map.detach()
         expected = {"perturbed": seen, "map": attack, "guide": result.guide.detach()}
     worst = 0.0
@@ -58,7 +56,8 @@ def check_parity(
         twin = copy.deepcopy(front).train(training)
         with torch.no_grad():
             activations = twin(front_input(seen, attack, downsample))
-        worst = max(worst, _compare(name, graph, given, {**expected, "activations": activations}))
+        outputs = _run(graph, given)
+        worst = max(worst, _compare(name, outputs, {**expected, "activations": activations}))
     twin = copy.deepcopy(front).train()
     stepper: torch.optim.Optimizer = (
         torch.optim.Adam(twin.parameters(), optimizer.learning_rate, optimizer.betas, optimizer.epsilon)
@@ -89,25 +88,27 @@ def check_parity(
         elif optimizer.momentum:
             after[f"next.s.{name}.momentum"] = stepper.state[value]["momentum_buffer"]
     after |= {
-        f"next.b.{name}": value
-        for name, value in twin.named_buffers()
-        if not name.endswith("num_batches_tracked")
+        f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
     }
-    return max(worst, _compare("backward", graphs.backward, given, after, steady))
+    prepared = _run(graphs.prepare, given)
+    outputs = prepared | _run(graphs.backward, {**given, **prepared})
+    return max(worst, _compare("backward", outputs, after, steady))
 
 
-def _compare(
-    name: str,
-    graph: bytes,
-    given: Mapping[str, npt.NDArray[Any]],
-    expected: Mapping[str, Tensor],
-    steady: Mapping[str, npt.NDArray[np.bool_]] | None = None,
-) -> float:
+def _run(graph: bytes, given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     feed = {one.name: given[one.name] for one in session.get_inputs()}
-    outputs = dict(zip([one.name for one in session.get_outputs()], session.run(None, feed), strict=True))
+    return dict(zip([one.name for one in session.get_outputs()], session.run(None, feed), strict=True))
+
+
+def _compare(
+    name: str,
+    outputs: Mapping[str, npt.NDArray[Any]],
+    expected: Mapping[str, Tensor],
+    steady: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+) -> float:
     worst = 0.0
     for output, value in expected.items():
         reference = value.numpy().astype(np.float64)

@@ -37,12 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("bundle", type=Path, help="bundle made by psgl-export build")
     train.add_argument("--back", type=Path, help="initial weights of the back (default: beside the bundle)")
     train.add_argument("--devices", type=int, default=1, help="devices to wait for (default %(default)s)")
-    train.add_argument(
-        "--rounds", type=int, default=300, help="optimizer steps of the back (default %(default)s)"
-    )
-    train.add_argument(
-        "--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)"
-    )
+    train.add_argument("--rounds", type=int, default=300, help="optimizer steps of the back (default %(default)s)")
+    train.add_argument("--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)")
     train.add_argument(
         "--evaluate-every",
         type=int,
@@ -50,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="ROUNDS",
         help="rounds between evaluations (default %(default)s, 0: only at the end)",
     )
-    train.add_argument(
-        "--learning-rate", type=float, default=2e-3, help="of the back layers (default %(default)s)"
-    )
+    train.add_argument("--learning-rate", type=float, default=2e-3, help="of the back layers (default %(default)s)")
     train.add_argument(
         "--optimizer",
         choices=("adam", "sgd"),
@@ -77,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float16",
         help="gradients on the wire (default %(default)s)",
     )
-    train.add_argument(
-        "--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)"
-    )
+    train.add_argument("--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)")
     train.add_argument(
         "--compute",
         choices=("cpu", "cuda"),
@@ -103,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path("runs/server"),
         help="folder of server.safetensors and result.json (default %(default)s)",
     )
-    train.add_argument(
-        "--json", action="store_true", help="print every event as one JSON line instead of the display"
-    )
+    train.add_argument("--json", action="store_true", help="print every event as one JSON line instead of the display")
     add_broker_options(train)
     add_debug(train)
     arguments = parser.parse_args(argv)
@@ -129,9 +119,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     torch.set_num_threads(arguments.threads)
     if arguments.compute == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch"
-        )
+        raise ConfigError("this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch")
     trainer = trainer_from(
         bundle,
         arguments.back or back_path(arguments.bundle),

@@ -128,8 +128,7 @@ def run_fleet(options: FleetOptions, broker: EmbeddedBroker, run: FleetRun) -> I
             yield event
         _watch(children, folder)
         run.devices = [
-            json.loads((folder / f"device-{number}.json").read_text())
-            for number in range(1, len(options.shards) + 1)
+            json.loads((folder / f"device-{number}.json").read_text()) for number in range(1, len(options.shards) + 1)
         ]
     finally:
         for child in children.values():
@@ -155,9 +154,5 @@ def _watch(children: dict[str, Child], folder: Path) -> None:
         code = child.process.poll()
         if code:
             lines = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
-            said = next((line for line in reversed(lines) if line.startswith("error: ")), "").removeprefix(
-                "error: "
-            )
-            raise ServerError(
-                f"{name} ended with code {code}: {said or 'see ' + str(folder / f'{name}.log')}"
-            )
+            said = next((line for line in reversed(lines) if line.startswith("error: ")), "").removeprefix("error: ")
+            raise ServerError(f"{name} ended with code {code}: {said or 'see ' + str(folder / f'{name}.log')}")

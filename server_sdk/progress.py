@@ -68,9 +68,7 @@ class RunDisplay:
         self._evaluation: dict[str, Any] = {}
         self._bytes = (0, 0)
         self._notes: list[str] = []
-        self._live = Live(
-            console=self._console, refresh_per_second=8, transient=True, get_renderable=self._draw
-        )
+        self._live = Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self._draw)
 
     def __enter__(self) -> RunDisplay:
         if self._console.is_terminal:
@@ -89,9 +87,7 @@ class RunDisplay:
         if kind == "round":
             self._losses.append(float(event["loss"]))
             self._bytes = (int(event["bytes_received"]), int(event["bytes_sent"]))
-            self._progress.update(
-                self._task, description="round", completed=event["round"], total=event["rounds"]
-            )
+            self._progress.update(self._task, description="round", completed=event["round"], total=event["rounds"])
             for name in event["devices"]:
                 self._devices.setdefault(name, {"status": "training"})["round"] = event["round"]
             for name in event["absent"]:
@@ -121,14 +117,10 @@ class RunDisplay:
         parts: list[RenderableType] = [self._progress]
         figures = Table.grid(padding=(0, 3))
         if self._losses:
-            figures.add_row(
-                "loss", f"{self._losses[-1]:.4f}", Text(_sparkline(self._losses), style="magenta")
-            )
+            figures.add_row("loss", f"{self._losses[-1]:.4f}", Text(_sparkline(self._losses), style="magenta"))
         if self._evaluation:
             streams = "   ".join(f"{name} {share:.1%}" for name, share in self._evaluation["streams"].items())
-            figures.add_row(
-                "accuracy", Text(f"{self._evaluation['accuracy']:.1%}", style="bold green"), streams
-            )
+            figures.add_row("accuracy", Text(f"{self._evaluation['accuracy']:.1%}", style="bold green"), streams)
         figures.add_row("bytes", megabytes(self._bytes[0]), f"received   {megabytes(self._bytes[1])} sent")
         parts.append(figures)
         if self._devices:

@@ -98,9 +98,7 @@ def recover(
     return Recovery(recovered, activations - recovered)
 
 
-def shrinkage_projector(
-    matrix: Tensor, threshold: float, *, method: Literal["gram", "svd"] = "gram"
-) -> Tensor:
+def shrinkage_projector(matrix: Tensor, threshold: float, *, method: Literal["gram", "svd"] = "gram") -> Tensor:
     """P with P X = U diag(max(sigma - lambda, 0)) V^T, lambda = threshold * sigma_max, for each X of a batch.
 
     Args:
@@ -178,18 +176,12 @@ def _iterate(matrix: Tensor, threshold: float, step: float, iterations: int) -> 
 
 def _check(activations: Tensor, threshold: float, method: str, step: float, iterations: int) -> None:
     if activations.dim() < 3 or 0 in activations.shape[1:]:
-        raise ServerError(
-            f"activations have the shape {tuple(activations.shape)}: give (N, C, *S), C and S at least 1"
-        )
+        raise ServerError(f"activations have the shape {tuple(activations.shape)}: give (N, C, *S), C and S at least 1")
     if activations.dtype not in (torch.float32, torch.float64):
         raise ServerError(f"activations are {activations.dtype}: convert them to torch.float32")
     if not 0.0 <= threshold <= 1.0:
-        raise ServerError(
-            f"threshold is {threshold}: give a share of the largest singular value between 0 and 1"
-        )
+        raise ServerError(f"threshold is {threshold}: give a share of the largest singular value between 0 and 1")
     if method not in get_args(Method):
         raise ServerError(f"there is no recovery method '{method}': use one of {', '.join(get_args(Method))}")
     if not 0.0 < step <= 1.0 or iterations < 1:
-        raise ServerError(
-            f"step is {step}, iterations {iterations}: give a step in (0, 1] and at least 1 iteration"
-        )
+        raise ServerError(f"step is {step}, iterations {iterations}: give a step in (0, 1] and at least 1 iteration")

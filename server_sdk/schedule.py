@@ -37,9 +37,7 @@ class Rounds:
         clock: seconds, monotonic.
     """
 
-    def __init__(
-        self, devices: int, *, deadline_s: float = 60.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, devices: int, *, deadline_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._expected = devices
         self._deadline_s = deadline_s
         self._clock = clock

@@ -237,12 +237,8 @@ class TrainingService:
             # The device will ask again, and the reply is kept.
             self._on_event({"event": "unsent", "topic": topic, "why": str(exc)})
 
-    def _reply(
-        self, to: Arrival | Refusal, kind: str, fields: dict[str, Any], tensors: Mapping[str, Any]
-    ) -> None:
-        session, step = (
-            (to.session, to.step) if isinstance(to, Refusal) else (to.message.session, to.message.step)
-        )
+    def _reply(self, to: Arrival | Refusal, kind: str, fields: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+        session, step = (to.session, to.step) if isinstance(to, Refusal) else (to.message.session, to.message.step)
         message = Message(kind, self.run_id, session, step, fields, tensors)
         frames = tuple(encode(message, codec=self._plan.codec, chunk_bytes=self._plan.chunk_bytes))
         if kind != "refused":
@@ -260,9 +256,7 @@ class TrainingService:
             self._step(arrival)
 
     def _refuse(self, refusal: Refusal) -> None:
-        self._on_event(
-            {"event": "refused", "device": refusal.device, "reason": refusal.reason, "why": refusal.detail}
-        )
+        self._on_event({"event": "refused", "device": refusal.device, "reason": refusal.reason, "why": refusal.detail})
         self._reply(refusal, "refused", {"reason": refusal.reason, "detail": refusal.detail}, {})
 
     def _note(self, arrival: Arrival) -> None:
@@ -273,11 +267,7 @@ class TrainingService:
             self._inbox.rejected["devices"] += 1
             return
         try:
-            reports = {
-                kind: Evaluation.from_fields(fields[kind])
-                for kind in ("evaluation", "clean")
-                if kind in fields
-            }
+            reports = {kind: Evaluation.from_fields(fields[kind]) for kind in ("evaluation", "clean") if kind in fields}
         except WireError as exc:
             self._inbox.rejected[exc.reason] += 1
             return
@@ -287,9 +277,7 @@ class TrainingService:
         device.round = int(fields.get("round", 0))
         device.bytes_per_sample = float(fields.get("bytes_per_sample", 0.0))
         device.reports = reports
-        self._on_event(
-            {"event": "device", "device": arrival.device, "status": device.status, "round": device.round}
-        )
+        self._on_event({"event": "device", "device": arrival.device, "status": device.status, "round": device.round})
         if "evaluation" in reports:
             members = [d for d in self._devices.values() if d.steps]
             everyone = all(d.round == device.round and "evaluation" in d.reports for d in members)
@@ -320,9 +308,7 @@ class TrainingService:
             classes = {f"class.{name}": value for name, value in decision.streams.items()}
             self._reply(arrival, "decision", {}, {"probabilities": decision.probabilities, **classes})
         elif self._round >= self._plan.rounds:
-            self._reply(
-                arrival, "refused", {"reason": "finished", "detail": "the run has all its rounds"}, {}
-            )
+            self._reply(arrival, "refused", {"reason": "finished", "detail": "the run has all its rounds"}, {})
         else:
             self._rounds.offer(arrival)
 

@@ -92,8 +92,7 @@ class Trainer:
     ) -> None:
         if not (math.isfinite(learning_rate) and learning_rate > 0) or not 0.0 <= momentum < 1.0:
             raise ServerError(
-                f"learning_rate is {learning_rate}, momentum {momentum}: "
-                "give a rate above 0 and a momentum in [0, 1)"
+                f"learning_rate is {learning_rate}, momentum {momentum}: give a rate above 0 and a momentum in [0, 1)"
             )
         if rounds is not None and rounds < 1:
             raise ServerError(f"rounds is {rounds}: give at least 1, or None for a constant learning rate")
@@ -194,8 +193,7 @@ class Trainer:
                     state[f"optimizer.{name}.{slot}"] = value
         state["round"] = torch.tensor(self.round)
         return {
-            name: torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
-            for name, value in state.items()
+            name: torch.empty(value.shape, dtype=value.dtype).copy_(value.detach()) for name, value in state.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -217,9 +215,7 @@ class Trainer:
             if state[name].shape != value.shape or state[name].dtype != value.dtype
         ]
         if wrong:
-            raise ModelError(
-                f"not a state of this trainer ({', '.join(wrong[:5])}): use the same model and optimizer"
-            )
+            raise ModelError(f"not a state of this trainer ({', '.join(wrong[:5])}): use the same model and optimizer")
         self.streams.load_state_dict({name: state[f"streams.{name}"] for name in self.streams.state_dict()})
         groups = self._optimizer.state_dict()["param_groups"]
         entries: dict[int, dict[str, Tensor]] = {}
@@ -258,9 +254,7 @@ class Trainer:
         except OSError as exc:
             raise ModelError(f"the trainer's state cannot be read from {path}: {exc.strerror}") from exc
         except safetensors.SafetensorError as exc:
-            raise ModelError(
-                f"{path} is damaged or no safetensors file ({exc}): use another snapshot"
-            ) from exc
+            raise ModelError(f"{path} is damaged or no safetensors file ({exc}): use another snapshot") from exc
         self.load_state_dict(state)
 
     def _probe(self, cut: tuple[int, ...]) -> None:
@@ -285,9 +279,7 @@ class Trainer:
             self._probe(shape[1:])
         if activations.dtype != np.float32 or shape[1:] != self.cut or shape[:1] in ((), (0,)):
             cut = ", ".join(map(str, self.cut))
-            raise ServerError(
-                f"activations are {activations.dtype} {shape}: send float32 (N, {cut}), N at least 1"
-            )
+            raise ServerError(f"activations are {activations.dtype} {shape}: send float32 (N, {cut}), N at least 1")
         if not np.isfinite(activations).all():
             raise ServerError("activations hold NaN or infinity: refuse the batch, the front has diverged")
         owned = activations if activations.flags.writeable else activations.copy()
@@ -332,15 +324,11 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ServerError(f"device '{name}' is not supported: use cpu, cuda or cuda:<index>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ServerError(
-            f"device '{name}' is not there, torch sees {torch.cuda.device_count()} GPUs: use cpu"
-        )
+        raise ServerError(f"device '{name}' is not there, torch sees {torch.cuda.device_count()} GPUs: use cpu")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def _optimizer(
-    name: str, parameters: list[nn.Parameter], rate: float, momentum: float
-) -> torch.optim.Optimizer:
+def _optimizer(name: str, parameters: list[nn.Parameter], rate: float, momentum: float) -> torch.optim.Optimizer:
     if name == "adam":
         return torch.optim.Adam(parameters, lr=rate, fused=True)
     if name == "sgd":

@@ -34,8 +34,7 @@ def test_all_is_complete_and_importable(path: Path) -> None:
     defined = {
         node.name
         for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
-        and not node.name.startswith("_")
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
     }
     assert defined <= set(listed), f"{sorted(defined - set(listed))} are public by name but not in __all__"
 

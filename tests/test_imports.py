@@ -61,6 +61,8 @@ def test_only_the_transport_imports_paho() -> None:
 def test_a_fresh_process_loads_neither_torch_nor_onnx_for_the_edge() -> None:
     modules = sorted(f"edge_sdk.{path.stem}" for path in (ROOT / "edge_sdk").glob("[!_]*.py"))
     code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
-    code += "bad = {'torch', 'onnx', 'onnxscript', 'server_sdk', 'export'} & set(sys.modules)\nsys.exit(','.join(bad) or 0)"
+    code += (
+        "bad = {'torch', 'onnx', 'onnxscript', 'server_sdk', 'export'} & set(sys.modules)\nsys.exit(','.join(bad) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -30,12 +30,8 @@ _EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = new_parser(
-        "make demo", "Split learning between real processes over MQTT, defence off and on.", _EXAMPLES
-    )
-    parser.add_argument(
-        "--data", type=Path, help=".npz with x_train, y_train, x_test, y_test (default: MNIST)"
-    )
+    parser = new_parser("make demo", "Split learning between real processes over MQTT, defence off and on.", _EXAMPLES)
+    parser.add_argument("--data", type=Path, help=".npz with x_train, y_train, x_test, y_test (default: MNIST)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -43,11 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of figure and results (default %(default)s)",
     )
     parser.add_argument("--devices", type=int, default=3, help="device processes (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=360, help="optimizer steps of each run (default %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=360, help="optimizer steps of each run (default %(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=32, help="samples of each device in a round (default %(default)s)"
+        "--batch", type=int, help="samples of each device in a round (default: 32, fewer for larger images)"
     )
     parser.add_argument(
         "--shift",
@@ -67,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float16",
         help="tensors on the wire (default %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)")
     parser.add_argument(
         "--broker",
         choices=("auto", "mosquitto", "amqtt"),
@@ -114,9 +106,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             guide = prepare_guide(division.guide, division.classes, seed=arguments.seed)
         runs: dict[str, FleetRun] = {}
         for profile in ("vanilla", "paper"):
-            with console.status(
-                f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"
-            ):
+            with console.status(f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"):
                 options = BuildOptions(
                     profile,
                     shape,

@@ -69,9 +69,7 @@ def save_shard(path: Path, train: Samples, test: Samples) -> None:
 
 def _split(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
     try:
-        rest, part = train_test_split(
-            np.arange(len(samples)), test_size=share, stratify=samples.y, random_state=seed
-        )
+        rest, part = train_test_split(np.arange(len(samples)), test_size=share, stratify=samples.y, random_state=seed)
     except ValueError as exc:
         raise BatchError(f"the samples cannot be divided so that each part has every class: {exc}") from exc
     return samples.take(rest), samples.take(part)
@@ -81,9 +79,7 @@ def _shards(samples: Samples, devices: int, seed: int) -> list[Samples]:
     if devices == 1:
         return [samples]
     if len(samples) < devices:
-        raise BatchError(
-            f"{len(samples)} samples cannot be divided among {devices} devices: use fewer devices"
-        )
+        raise BatchError(f"{len(samples)} samples cannot be divided among {devices} devices: use fewer devices")
     folds = StratifiedKFold(devices, shuffle=True, random_state=seed)
     generator = np.random.default_rng(seed)
     shards: list[Samples] = []

@@ -134,9 +134,7 @@ def _mosaic(activations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         tiles.append(np.pad(scaled, 1, constant_values=np.nan))
     while len(tiles) < rows * columns:
         tiles.append(np.full_like(tiles[0], np.nan))
-    mosaic: npt.NDArray[np.float32] = np.block(
-        [[tiles[r * columns + c] for c in range(columns)] for r in range(rows)]
-    )
+    mosaic: npt.NDArray[np.float32] = np.block([[tiles[r * columns + c] for c in range(columns)] for r in range(rows)])
     return mosaic
 
 

@@ -37,7 +37,7 @@ def test_a_bundle_comes_back_as_it_was_written(built: dict[str, Any], tmp_path: 
     paper = built["paper"].bundle
     assert paper.manifest.profile == "paper" and paper.manifest.input_shape == (1, 8, 8)
     assert paper.manifest.normalisation == "sign" and paper.manifest.epsilon == 0.2
-    assert set(paper.graphs) == {"train", "infer", "backward"}
+    assert set(paper.graphs) == {"train", "infer", "prepare", "backward"}
     with zipfile.ZipFile(built["paper"].path) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if name != MANIFEST}
     again = write_bundle(tmp_path / "again.psgl", paper.manifest, files)
@@ -59,9 +59,7 @@ def test_every_changed_byte_is_found(built: dict[str, Any], tmp_path: Path) -> N
     reference = load_bundle(built["vanilla"].path)
     changed = tmp_path / "changed.psgl"
     for position in range(0, len(original), max(1, len(original) // 150)):
-        changed.write_bytes(
-            original[:position] + bytes([original[position] ^ 0x10]) + original[position + 1 :]
-        )
+        changed.write_bytes(original[:position] + bytes([original[position] ^ 0x10]) + original[position + 1 :])
         try:
             loaded = load_bundle(changed)
         except BundleError:
@@ -104,9 +102,7 @@ def change_graph(files: dict[str, bytes]) -> None:
         (lambda files: files.update({MANIFEST: b"[" * 100_000}), "not JSON"),
     ],
 )
-def test_a_bundle_that_must_not_be_used(
-    built: dict[str, Any], tmp_path: Path, change: Rewrite, words: str
-) -> None:
+def test_a_bundle_that_must_not_be_used(built: dict[str, Any], tmp_path: Path, change: Rewrite, words: str) -> None:
     with pytest.raises(BundleError, match=words):
         load_bundle(rewritten(built["vanilla"].path, tmp_path / "bad.psgl", change))
 

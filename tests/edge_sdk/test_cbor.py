@@ -62,9 +62,7 @@ def test_random_bytes_are_decoded_or_refused(data: bytes) -> None:
         assert "\n" not in str(exc)
 
 
-@pytest.mark.parametrize(
-    "tag", [*range(6), 21, 22, 23, 24, 25, 28, 29, 30, 32, 35, 36, 37, 41, 64, 81, 82, 86]
-)
+@pytest.mark.parametrize("tag", [*range(6), 21, 22, 23, 24, 25, 28, 29, 30, 32, 35, 36, 37, 41, 64, 81, 82, 86])
 @pytest.mark.parametrize("content", ["a", "2020-01-01", b"\x01", 1, [1, 2]])
 def test_no_other_tag_reaches_a_decoder(tag: int, content: object) -> None:
     inner = cbor2.dumps(content)
@@ -168,9 +166,7 @@ for bomb in bombs:
         reasons.add(exc.reason)
 print(json.dumps([sorted(reasons), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     reasons, grown_kib = json.loads(done.stdout)
     assert reasons == ["limit", "truncated"]
     assert grown_kib < 16 << 10

@@ -40,9 +40,7 @@ def feed(assembler: Assembler, many: list[Frame]) -> list[Message]:
 
 @given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(20, 400))
 @settings(deadline=None)
-def test_chunks_of_several_steps_in_any_order_with_repeats(
-    order: random.Random, steps: int, chunk_bytes: int
-) -> None:
+def test_chunks_of_several_steps_in_any_order_with_repeats(order: random.Random, steps: int, chunk_bytes: int) -> None:
     sent = [message(step, kind=order.choice(["infer", "train"])) for step in range(steps)]
     pieces = [frame for one in sent for frame in frames(one, chunk_bytes)]
     first_chunks = [frame for frame in pieces if frame.count > 1]

@@ -32,9 +32,7 @@ def announcement(bundle: str, run: str = RUN, status: str = "training") -> bytes
 def gradient_for(message: Message, **changes: Any) -> Message:
     fields = {"front": message.fields["front"], "rate": 1.0, "loss": 0.5, "round": 1}
     gradient = np.full_like(message.tensors["activations"], 0.01)
-    return Message(
-        "gradient", message.run, message.session, message.step, fields | changes, {"gradient": gradient}
-    )
+    return Message("gradient", message.run, message.session, message.step, fields | changes, {"gradient": gradient})
 
 
 @contextmanager
@@ -79,9 +77,7 @@ def make_client(broker: MemoryBroker, built: Any, **options: Any) -> EdgeClient:
 
 
 @pytest.mark.parametrize("profile", ["vanilla", "paper"])
-def test_a_step_sends_activations_and_takes_the_gradient(
-    profile: str, built: dict[str, Any], samples: Draw
-) -> None:
+def test_a_step_sends_activations_and_takes_the_gradient(profile: str, built: dict[str, Any], samples: Draw) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
     with scripted_server(broker, built[profile].bundle.id, lambda m, n: [gradient_for(m)]) as seen:
         with make_client(broker, built[profile], resend_s=30.0) as client:
@@ -97,11 +93,11 @@ def test_a_step_sends_activations_and_takes_the_gradient(
 
 def test_the_same_bytes_go_out_until_the_reply_comes(built: dict[str, Any], samples: Draw) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
-    with scripted_server(
-        broker, built["paper"].bundle.id, lambda m, n: [gradient_for(m)] if n == 3 else []
-    ) as seen:
-        with make_client(broker, built["paper"]) as client:
-            step = client.train_step(batch.x, batch.y)
+    with (
+        scripted_server(broker, built["paper"].bundle.id, lambda m, n: [gradient_for(m)] if n == 3 else []) as seen,
+        make_client(broker, built["paper"]) as client,
+    ):
+        step = client.train_step(batch.x, batch.y)
     assert step is not None and step.resent >= 2
     assert all(message == seen[0] for message in seen[1:3])
     assert client.front.version == 1, "three copies, one update"
@@ -109,12 +105,8 @@ def test_the_same_bytes_go_out_until_the_reply_comes(built: dict[str, Any], samp
 
 def test_replies_of_other_steps_sessions_and_kinds_are_ignored(built: dict[str, Any], samples: Draw) -> None:
     def answer(m: Message, n: int) -> list[Message]:
-        stranger = Message(
-            "gradient", m.run, "0" * 16, m.step, gradient_for(m).fields, gradient_for(m).tensors
-        )
-        older = Message(
-            "gradient", m.run, m.session, m.step + 9, gradient_for(m).fields, gradient_for(m).tensors
-        )
+        stranger = Message("gradient", m.run, "0" * 16, m.step, gradient_for(m).fields, gradient_for(m).tensors)
+        older = Message("gradient", m.run, m.session, m.step + 9, gradient_for(m).fields, gradient_for(m).tensors)
         return [stranger, older, gradient_for(m)]
 
     broker, batch = MemoryBroker(), samples(6, 1)
@@ -127,9 +119,7 @@ def test_replies_of_other_steps_sessions_and_kinds_are_ignored(built: dict[str, 
 
 
 @pytest.mark.parametrize("reason", ["shape", "run"])
-def test_a_refusal_names_its_reason_and_leaves_the_front(
-    reason: str, built: dict[str, Any], samples: Draw
-) -> None:
+def test_a_refusal_names_its_reason_and_leaves_the_front(reason: str, built: dict[str, Any], samples: Draw) -> None:
     def answer(m: Message, n: int) -> list[Message]:
         return [Message("refused", m.run, m.session, m.step, {"reason": reason, "detail": "do this"}, {})]
 
@@ -180,9 +170,7 @@ def test_a_gradient_of_another_shape_is_refused(built: dict[str, Any], samples: 
         assert client.front.version == 0
 
 
-def test_hostile_bytes_on_both_topics_are_counted_and_nothing_stops(
-    built: dict[str, Any], samples: Draw
-) -> None:
+def test_hostile_bytes_on_both_topics_are_counted_and_nothing_stops(built: dict[str, Any], samples: Draw) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
     foe = MemoryTransport(broker, "foe")
     foe.open(None)
@@ -220,9 +208,7 @@ def test_a_server_that_starts_another_run_ends_the_device(built: dict[str, Any],
         other = MemoryTransport(broker, "other")
         other.open(None)
         with make_client(broker, built["vanilla"]) as client:
-            other.publish(
-                topics.down_model("ward"), announcement(built["vanilla"].bundle.id, "run-2"), retain=True
-            )
+            other.publish(topics.down_model("ward"), announcement(built["vanilla"].bundle.id, "run-2"), retain=True)
             with pytest.raises(RefusedError, match="ended run run-1"):
                 client.train_step(batch.x, batch.y)
         other.close()

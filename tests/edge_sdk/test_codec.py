@@ -57,9 +57,7 @@ def test_packed_tensors_come_back_bit_for_bit(tensors: dict[str, np.ndarray]) ->
 
 
 @given(PACKED, st.data())
-def test_mutated_and_cut_packs_are_decoded_or_refused(
-    tensors: dict[str, np.ndarray], draw: st.DataObject
-) -> None:
+def test_mutated_and_cut_packs_are_decoded_or_refused(tensors: dict[str, np.ndarray], draw: st.DataObject) -> None:
     data = bytearray(pack_tensors(tensors))
     cut_at = draw.draw(st.integers(0, len(data) - 1))
     with pytest.raises(WireError):
@@ -239,9 +237,7 @@ def test_float32_and_integers_are_left_alone() -> None:
         assert scale is None
 
 
-@pytest.mark.parametrize(
-    "scale", [0.0, -1.0, math.nan, math.inf, 1, True, "1", 1e-320, 1e300, 0.1, b"", [1.0]]
-)
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 1, True, "1", 1e-320, 1e300, 0.1, b"", [1.0]])
 def test_bad_scales_are_refused(scale: object) -> None:
     with pytest.raises(WireError) as caught:
         expand("a", np.ones(3, np.float16), scale)  # type: ignore[arg-type]

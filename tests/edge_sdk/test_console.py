@@ -21,7 +21,9 @@ def connection(*arguments: str) -> object:
 def test_user_password_and_tls_reach_the_connection(tmp_path: Path) -> None:
     for name in ("pw", "ca.pem", "cert.pem", "key.pem"):
         (tmp_path / name).write_text("secret\nrest")
-    files = [f"--{option}={tmp_path / name}" for option, name in (("ca", "ca.pem"), ("cert", "cert.pem"), ("key", "key.pem"))]
+    files = [
+        f"--{option}={tmp_path / name}" for option, name in (("ca", "ca.pem"), ("cert", "cert.pem"), ("key", "key.pem"))
+    ]
     made = connection("--host", "h", "--user", "u", f"--password-file={tmp_path / 'pw'}", *files)
     assert (made.host, made.port, made.user, made.password) == ("h", 8883, "u", "secret")  # type: ignore[attr-defined]
     assert str(made.ca_file) == str(tmp_path / "ca.pem") and str(made.key_file).endswith("key.pem")  # type: ignore[attr-defined]

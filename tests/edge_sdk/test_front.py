@@ -20,9 +20,7 @@ def batch(samples: Draw, count: int = 6) -> Any:
     return as_batch(samples(count, 1).x, (1, 8, 8), max_batch=count)
 
 
-def test_the_perturbation_stays_in_its_budget_and_zero_switches_it_off(
-    built: dict[str, Any], samples: Draw
-) -> None:
+def test_the_perturbation_stays_in_its_budget_and_zero_switches_it_off(built: dict[str, Any], samples: Draw) -> None:
     front = Front(built["paper"].bundle)
     x = batch(samples)
     forward = front.forward(front.initial_state(), x, None, training=False)
@@ -37,29 +35,23 @@ def test_vanilla_sends_the_input_as_it_is(built: dict[str, Any], samples: Draw) 
     front = Front(built["vanilla"].bundle)
     x = batch(samples)
     forward = front.forward(front.initial_state(), x, None, training=True)
-    assert (
-        forward.perturbed is x
-        and forward.map is None
-        and forward.guide is None
-        and forward.unperturbed == len(x)
-    )
+    assert forward.perturbed is x and forward.map is None and forward.guide is None and forward.unperturbed == len(x)
 
 
 @pytest.mark.parametrize("profile", ["vanilla", "paper"])
-def test_backward_returns_a_new_state_and_leaves_the_old(
-    profile: str, built: dict[str, Any], samples: Draw
-) -> None:
+def test_backward_returns_a_new_state_and_leaves_the_old(profile: str, built: dict[str, Any], samples: Draw) -> None:
     front = Front(built[profile].bundle)
     before = front.initial_state()
     kept = {name: value.copy() for name, value in before.tensors.items()}
     forward = front.forward(before, batch(samples), None, training=True)
     gradient = np.random.default_rng(0).normal(size=forward.activations.shape).astype(np.float32)
-    after = front.backward(before, forward.perturbed, forward.map, gradient, rate=0.01)
+    prepared = front.prepare(before, forward.perturbed, forward.map)
+    after = front.backward(before, prepared, gradient, rate=0.01)
     assert after.version == 1 and set(after.tensors) == set(before.tensors)
     assert all(np.array_equal(before.tensors[name], value) for name, value in kept.items())
     changed = {name for name, value in after.tensors.items() if not np.array_equal(value, kept[name])}
     assert {name for name in kept if name[:2] in ("p.", "b.")} <= changed
-    again = front.backward(before, forward.perturbed, forward.map, gradient, rate=0.01)
+    again = front.backward(before, prepared, gradient, rate=0.01)
     assert all(np.array_equal(again.tensors[name], value) for name, value in after.tensors.items())
 
 
@@ -68,7 +60,9 @@ def test_an_exploding_step_is_refused(built: dict[str, Any], samples: Draw) -> N
     state = front.initial_state()
     forward = front.forward(state, batch(samples), None, training=True)
     with pytest.raises(BatchError, match="learning rate"):
-        front.backward(state, forward.perturbed, None, np.full_like(forward.activations, 1e30), rate=1e38)
+        front.backward(
+            state, front.prepare(state, forward.perturbed, None), np.full_like(forward.activations, 1e30), rate=1e38
+        )
 
 
 def test_onnxruntime_never_leaks(built: dict[str, Any], samples: Draw) -> None:

@@ -27,9 +27,7 @@ VALID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def message(
-    kind: str, fields: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None
-) -> Message:
+def message(kind: str, fields: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> Message:
     default_fields, default_tensors = VALID[kind]
     return Message(
         kind,

@@ -25,9 +25,7 @@ REASONS = {
 
 ACTIVATIONS = (np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2) - 5) / 8
 SAMPLES: dict[str, Message] = {
-    "train": Message(
-        "train", "r1", "s1", 7, {"front": 3}, {"activations": ACTIVATIONS, "labels": np.array([1, 9])}
-    ),
+    "train": Message("train", "r1", "s1", 7, {"front": 3}, {"activations": ACTIVATIONS, "labels": np.array([1, 9])}),
     "infer": Message("infer", "r1", "s1", 8, {"front": 3}, {"activations": ACTIVATIONS[:, :, 0]}),
     "state": Message(
         "state",
@@ -268,9 +266,7 @@ TREES = st.recursive(
     | st.builds(typed, st.just([2, 1]), st.just(85), st.just(b"\0" * 8)),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["id", "data", "scale", "fields", "front", "labels"]), inner, max_size=3
-        )
+        | st.dictionaries(st.sampled_from(["id", "data", "scale", "fields", "front", "labels"]), inner, max_size=3)
         | st.builds(cbor2.CBORTag, st.sampled_from([0, 1, 2, 35, 40, 64, 79, 84, 85, 256]), inner)
     ),
     max_leaves=8,
@@ -455,9 +451,7 @@ def test_the_limits_of_the_receiver_hold() -> None:
         Limits(max_text_bytes=8),
     ):
         assert refusal(frames, limits) == "limit"
-    decode(
-        frames, Limits(max_message_bytes=size, max_chunk_bytes=size, max_tensors=2, max_dims=4, max_depth=6)
-    )
+    decode(frames, Limits(max_message_bytes=size, max_chunk_bytes=size, max_tensors=2, max_dims=4, max_depth=6))
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def demo(data: Path, out: Path, *more: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(data, out, *more), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
-    )
+    return subprocess.run(command(data, out, *more), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, samples: Draw) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("demo")
     done = demo(data, out, "--seed", "3")
     assert done.returncode == 0, done.stderr
@@ -74,10 +70,7 @@ def processes(token: str) -> dict[int, bytes]:
     found = {}
     for entry in Path("/proc").iterdir():
         try:
-            if (
-                entry.name.isdigit()
-                and f"PSGL_TEST_TOKEN={token}".encode() in (entry / "environ").read_bytes()
-            ):
+            if entry.name.isdigit() and f"PSGL_TEST_TOKEN={token}".encode() in (entry / "environ").read_bytes():
                 found[int(entry.name)] = (entry / "cmdline").read_bytes()
         except OSError:
             continue
@@ -131,9 +124,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     def weights(out: Path) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
         for profile in ("vanilla", "paper"):
-            tensors |= {
-                f"{profile}.{k}": v for k, v in load_file(out / profile / "server.safetensors").items()
-            }
+            tensors |= {f"{profile}.{k}": v for k, v in load_file(out / profile / "server.safetensors").items()}
             for number in (1, 2, 3):
                 front = unpack_tensors((out / profile / f"device-{number}.front.cbor").read_bytes())
                 tensors |= {f"{profile}.{number}.{k}": v for k, v in front.items()}
@@ -185,9 +176,7 @@ def test_a_broker_that_dies_does_not_end_the_demo(data: Path, tmp_path: Path) ->
         if "paper" in line and "round 16" in line:
             break
     brokers = [
-        pid
-        for pid, line in processes(token).items()
-        if b"mosquitto.conf" in line or b"server_sdk.broker" in line
+        pid for pid, line in processes(token).items() if b"mosquitto.conf" in line or b"server_sdk.broker" in line
     ]
     assert len(brokers) == 1
     os.kill(brokers[0], signal.SIGKILL)

@@ -40,9 +40,7 @@ def over_the_wire(built: Any, data: Samples) -> tuple[list[float], dict[str, Any
     )
     thread = threading.Thread(target=service.run)
     thread.start()
-    with EdgeClient(
-        built.bundle, MemoryTransport(broker, "d"), device="d", fleet="ward", codec="float32"
-    ) as client:
+    with EdgeClient(built.bundle, MemoryTransport(broker, "d"), device="d", fleet="ward", codec="float32") as client:
         follow(client, data, None, seed=0)
     thread.join(30)
     assert not thread.is_alive()

@@ -12,6 +12,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops.op_conv_transpose import ConvTranspose as WholeConvTranspose
 
+from export.graphs import GraphSet
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -46,6 +48,22 @@ def run(request: pytest.FixtureRequest) -> Callable[[bytes, Mapping[str, np.ndar
 @pytest.fixture(scope="session")
 def run_fast() -> Callable[[bytes, Mapping[str, np.ndarray]], Arrays]:
     return _in_onnxruntime
+
+
+@pytest.fixture(scope="session")
+def step() -> Callable[..., Arrays]:
+    """Run both parts of a backward pass as a device does; gives ``next.*`` in the order of the initial tensors."""
+
+    def run_both(run: Callable[[bytes, Mapping[str, np.ndarray]], Arrays], graphs: GraphSet, feeds: Arrays) -> Arrays:
+        def part(model: bytes) -> Arrays:
+            inputs = [value.name for value in onnx.load_from_string(model).graph.input]
+            return run(model, {name: feeds[name] for name in inputs})
+
+        feeds = feeds | part(graphs.prepare)
+        after = feeds | part(graphs.backward)
+        return {f"next.{name}": after[f"next.{name}"] for name in graphs.tensors}
+
+    return run_both
 
 
 @pytest.fixture(scope="session")

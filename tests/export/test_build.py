@@ -79,7 +79,6 @@ def test_the_check_before_writing_finds_a_wrong_graph(wrong: str, guide: Guide) 
         graphs = replace(graphs, tensors=tampered)
     else:
         arguments["optimizer"] = Optimizer("sgd", learning_rate=0.2, momentum=0.9)
-        graphs = replace(graphs, backward=graphs.backward)
         given = arguments["optimizer"]
         front_before = {name: value.clone() for name, value in front.state_dict().items()}
         with pytest.raises(ExportError, match="backward"):
@@ -93,7 +92,7 @@ def test_the_check_before_writing_finds_a_wrong_graph(wrong: str, guide: Guide) 
                 optimizer=Optimizer("adam", learning_rate=0.2),
             )
             check_parity(
-                replace(graphs, backward=adam.backward, tensors=adam.tensors),
+                replace(graphs, prepare=adam.prepare, backward=adam.backward, tensors=adam.tensors),
                 input_shape=(1, 8, 8),
                 downsample=2,
                 **(arguments | {"optimizer": replace(given, momentum=0.0)}),

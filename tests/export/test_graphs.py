@@ -235,7 +235,7 @@ def _torch_state(front: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_training_steps(built, run, close, name: str) -> None:
+def test_training_steps(built, run, step, close, name: str) -> None:
     """Weights, statistics and optimizer state over several steps of changing batch size and rate."""
     setting = SETTINGS[name]
     front = copy.deepcopy(setting.front).double().train()
@@ -251,7 +251,7 @@ def test_training_steps(built, run, close, name: str) -> None:
         gradient = generator.standard_normal(out.shape).astype(np.float32)
         rate = 0.01 / (number + 1)
         feeds |= {"gradient": gradient, "rate": np.array(rate, np.float32)}
-        got = run(built[name].backward, feeds | dict(carried))
+        got = step(run, built[name], feeds | dict(carried))
         optimizer.zero_grad()
         (out * torch.from_numpy(gradient).double()).sum().backward()
         optimizer.param_groups[0]["lr"] = rate
@@ -268,7 +268,7 @@ def test_training_steps(built, run, close, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STEPPED)
-def test_front_gradient_matches_finite_differences(built, run_fast, name: str) -> None:
+def test_front_gradient_matches_finite_differences(built, run_fast, step, name: str) -> None:
     setting, graphs = SETTINGS[name], built[name]
     x, generator = _draw(setting, 3, seed=4), np.random.default_rng(2)
     scaled = 0.2 * generator.random(x.shape, dtype=np.float32)
@@ -277,7 +277,7 @@ def test_front_gradient_matches_finite_differences(built, run_fast, name: str) -
     front = copy.deepcopy(setting.front).double().train()
     gradient = generator.standard_normal(front(seen).shape).astype(np.float32)
     feeds = {"perturbed": x, "gradient": gradient, "rate": np.array(1.0, np.float32)} | graphs.tensors
-    got = run_fast(graphs.backward, feeds | ({"map": scaled} if setting.perturbation else {}))
+    got = step(run_fast, graphs, feeds | ({"map": scaled} if setting.perturbation else {}))
     for name_, parameter in front.named_parameters():
         along = generator.standard_normal(parameter.shape)
         losses = []
@@ -307,9 +307,13 @@ def test_names_shapes_and_operators(built, name: str) -> None:
     wanted = {
         "train": ([*entry, *parameters], results),
         "infer": ([*entry, *parameters, *statistics], results),
+        "prepare": (
+            ["perturbed", *(["map"] if mapped else []), *parameters, *statistics],
+            [f"next.{key}" for key in statistics],
+        ),
         "backward": (
-            ["perturbed", *(["map"] if mapped else []), "gradient", "rate", *carried],
-            [f"next.{key}" for key in carried],
+            ["gradient", "rate", *parameters, *state],
+            [f"next.{key}" for key in (*parameters, *state)],
         ),
     }
     assert list(graphs.tensors) == carried
@@ -317,9 +321,14 @@ def test_names_shapes_and_operators(built, name: str) -> None:
     batched = {"x", "label", "perturbed", "map", "gradient", "activations", "guide"}
     for kind, (inputs, outputs) in wanted.items():
         model = onnx.load_from_string(getattr(graphs, kind))
-        assert [value.name for value in model.graph.input] == inputs, kind
-        assert [value.name for value in model.graph.output] == outputs, kind
-        for value in (*model.graph.input, *model.graph.output):
+        public = [value for value in (*model.graph.input, *model.graph.output) if not value.name.startswith("r.")]
+        assert {value.name for value in public} <= {*inputs, *outputs}, kind
+        named = [value.name for value in model.graph.input if not value.name.startswith("r.")]
+        assert named == [name for name in inputs if name in named], kind
+        # Of its parameters a part takes those that it computes with, every other input is always there.
+        assert set(inputs) - set(named) <= set(parameters) and (kind == "prepare" or named == inputs), kind
+        assert [value.name for value in model.graph.output if not value.name.startswith("r.")] == outputs, kind
+        for value in public:
             tensor = value.type.tensor_type
             dims = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
             if value.name in batched:
@@ -345,11 +354,9 @@ def test_the_same_front_gives_the_same_bytes_and_is_left_alone(built) -> None:
     setting = SETTINGS["vanilla_downsampled"]
     before = copy.deepcopy(setting.front.state_dict())
     again = setting.build()
-    assert (again.train, again.infer, again.backward) == (
-        built["vanilla_downsampled"].train,
-        built["vanilla_downsampled"].infer,
-        built["vanilla_downsampled"].backward,
-    )
+    assert again.train == built["vanilla_downsampled"].train and again.infer == built["vanilla_downsampled"].infer
+    assert again.prepare == built["vanilla_downsampled"].prepare
+    assert again.backward == built["vanilla_downsampled"].backward
     for key, value in setting.front.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -367,7 +374,7 @@ def test_the_same_front_gives_the_same_bytes_and_is_left_alone(built) -> None:
     phases=[Phase.explicit, Phase.generate],  # a shrink would export hundreds of graphs
     suppress_health_check=list(HealthCheck),
 )
-def test_drawn_shapes(run_fast, close, channels: int, grid: list[int], batch: int, hidden: int) -> None:
+def test_drawn_shapes(run_fast, step, close, channels: int, grid: list[int], batch: int, hidden: int) -> None:
     shape = (channels, *[2 * extent for extent in grid])
     convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if len(grid) == 2 else (nn.Conv1d, nn.BatchNorm1d)
     pool = nn.MaxPool2d if len(grid) == 2 else nn.MaxPool1d
@@ -395,7 +402,7 @@ def test_drawn_shapes(run_fast, close, channels: int, grid: list[int], batch: in
     close(got["activations"], out, "activations")
     out.sum().backward()
     feeds = {"perturbed": got["perturbed"], "map": got["map"], "rate": np.array(1.0, np.float32)}
-    stepped = run_fast(graphs.backward, feeds | {"gradient": np.ones_like(got["activations"])} | graphs.tensors)
+    stepped = step(run_fast, graphs, feeds | {"gradient": np.ones_like(got["activations"])} | graphs.tensors)
     for key, parameter in exact.named_parameters():
         change = graphs.tensors[f"p.{key}"] - stepped[f"next.p.{key}"]
         close(change, parameter.grad, key, relative=1e-4)

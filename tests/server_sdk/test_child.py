@@ -56,6 +56,4 @@ def test_a_program_that_is_not_there() -> None:
     assert child.process.wait(10) != 0
     child.end()
     with pytest.raises(ServerError, match="cannot be started"):
-        Child(
-            [sys.executable], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, environment={"A\0": "b"}
-        )
+        Child([sys.executable], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, environment={"A\0": "b"})

@@ -24,9 +24,7 @@ def test_worked_example() -> None:
     #   class 0: (20*0.4 + 27*0.1 + 12*0.2)/59 = (8.0 + 2.7 + 2.4)/59 = 13.1/59
     #   class 1: (20*0.4 + 27*0.0 + 12*0.2)/59 = (8.0 + 0.0 + 2.4)/59 = 10.4/59
     #   class 2: (20*0.2 + 27*0.9 + 12*0.6)/59 = (4.0 + 24.3 + 7.2)/59 = 35.5/59
-    expected = torch.tensor(
-        [[4.95 / 17, 9.65 / 17, 2.40 / 17], [13.1 / 59, 10.4 / 59, 35.5 / 59]], dtype=torch.float64
-    )
+    expected = torch.tensor([[4.95 / 17, 9.65 / 17, 2.40 / 17], [13.1 / 59, 10.4 / 59, 35.5 / 59]], dtype=torch.float64)
     torch.testing.assert_close(fuse(probabilities), expected)
 
 
@@ -53,13 +51,10 @@ def test_default_weights_are_the_papers() -> None:
     classes=st.integers(2, 6),
     scale=st.floats(0.1, 9.0),
 )
-def test_result_is_a_distribution_within_the_streams(
-    seed: int, samples: int, classes: int, scale: float
-) -> None:
+def test_result_is_a_distribution_within_the_streams(seed: int, samples: int, classes: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     streams = {
-        name: torch.softmax(5 * torch.randn(samples, classes, generator=generator), dim=1)
-        for name in BASE_WEIGHTS
+        name: torch.softmax(5 * torch.randn(samples, classes, generator=generator), dim=1) for name in BASE_WEIGHTS
     }
     fused = fuse(streams)
     torch.testing.assert_close(fused.sum(dim=1), torch.ones(samples))

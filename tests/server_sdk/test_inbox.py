@@ -21,16 +21,12 @@ def inbox(**options: Any) -> Inbox:
     return Inbox("ward", "run-1", CUT, classes=3, max_batch=8, **options)
 
 
-def train(
-    n: int = 2, run: str = "run-1", value: float = 1.0, shape: tuple[int, ...] = CUT, label: int = 1
-) -> Message:
+def train(n: int = 2, run: str = "run-1", value: float = 1.0, shape: tuple[int, ...] = CUT, label: int = 1) -> Message:
     tensors = {"activations": np.full((n, *shape), value, np.float32), "labels": np.full(n, label, np.int64)}
     return Message("train", run, "s", 1, {"front": 0}, tensors)
 
 
-def deliver(
-    to: Inbox, message: Message, topic: str = "psgl/v1/ward/up/d1/step", chunk_bytes: int = 65536
-) -> Any:
+def deliver(to: Inbox, message: Message, topic: str = "psgl/v1/ward/up/d1/step", chunk_bytes: int = 65536) -> Any:
     taken = None
     for frame in encode(message, chunk_bytes=chunk_bytes):
         taken = to.take(Received(topic, frame, False, lambda: None))

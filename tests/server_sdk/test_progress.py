@@ -32,7 +32,16 @@ def shown(terminal: bool) -> str:
 
 def test_a_terminal_sees_rounds_loss_streams_bytes_and_devices() -> None:
     text = shown(terminal=True)
-    for words in ("7/20", "0.2500", "87.5%", "attacked 80.0%", "fused 90.0%", "2.5 MB", "ward-1", "went on without ward-2"):
+    for words in (
+        "7/20",
+        "0.2500",
+        "87.5%",
+        "attacked 80.0%",
+        "fused 90.0%",
+        "2.5 MB",
+        "ward-1",
+        "went on without ward-2",
+    ):
         assert words in text
 
 

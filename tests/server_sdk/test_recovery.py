@@ -41,9 +41,9 @@ def proximal(activations: Tensor, threshold: float, step: float, iterations: int
     return torch.stack(traces).reshape(activations.shape)
 
 
-shapes = st.tuples(
-    st.integers(1, 4), st.integers(1, 9), st.lists(st.integers(1, 6), min_size=1, max_size=2)
-).map(lambda drawn_shape: (drawn_shape[0], drawn_shape[1], *drawn_shape[2]))
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 9), st.lists(st.integers(1, 6), min_size=1, max_size=2)).map(
+    lambda drawn_shape: (drawn_shape[0], drawn_shape[1], *drawn_shape[2])
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,9 +53,7 @@ shapes = st.tuples(
     seed=st.integers(0, 10_000),
     method=st.sampled_from(["gram", "svd"]),
 )
-def test_closed_form_is_the_clipped_svd(
-    shape: tuple[int, ...], threshold: float, seed: int, method: str
-) -> None:
+def test_closed_form_is_the_clipped_svd(shape: tuple[int, ...], threshold: float, seed: int, method: str) -> None:
     activations = drawn(*shape, seed=seed)
     found = recover(activations, threshold=threshold, method=method)
     expected = reference(activations, threshold)
@@ -157,9 +155,7 @@ def test_memory_format_is_kept_and_changes_nothing(shape: tuple[int, ...]) -> No
 
 def gradient(activations: Tensor, weights: Tensor, method: str = "gram", threshold: float = 0.1) -> Tensor:
     leaf = activations.clone().requires_grad_()
-    (pulled,) = torch.autograd.grad(
-        (recover(leaf, method=method, threshold=threshold).recovered * weights).sum(), leaf
-    )
+    (pulled,) = torch.autograd.grad((recover(leaf, method=method, threshold=threshold).recovered * weights).sum(), leaf)
     return pulled
 
 

@@ -10,11 +10,7 @@ def test_a_reply_is_found_by_its_key_until_newer_ones_push_it_out() -> None:
     for step in (1, 2, 3):
         replies.keep("d", "s", step, (f"{step}".encode(),))
     assert replies.find("d", "s", 3) == (b"3",) and replies.find("d", "s", 2) == (b"2",)
-    assert (
-        replies.find("d", "s", 1) is None
-        and replies.find("e", "s", 3) is None
-        and replies.find("d", "t", 3) is None
-    )
+    assert replies.find("d", "s", 1) is None and replies.find("e", "s", 3) is None and replies.find("d", "t", 3) is None
     assert replies.is_old("d", "s", 1) and not replies.is_old("d", "s", 4) and not replies.is_old("d", "t", 1)
 
 

@@ -110,9 +110,7 @@ def test_a_run_learns_and_accounts_for_every_step(profile: str, built: dict[str,
     assert ("guide_accuracy" in final) == (profile == "paper")
 
 
-def test_the_same_seed_gives_the_same_bits_on_server_and_devices(
-    built: dict[str, Any], samples: Draw
-) -> None:
+def test_the_same_seed_gives_the_same_bits_on_server_and_devices(built: dict[str, Any], samples: Draw) -> None:
     first, second = train(built["paper"], samples, PLAN), train(built["paper"], samples, PLAN)
     assert all(np.array_equal(value, second.weights[name]) for name, value in first.weights.items())
     for device, tensors in first.fronts.items():
@@ -143,11 +141,7 @@ def test_hostile_bytes_change_nothing(built: dict[str, Any], samples: Draw) -> N
 
     quiet, attacked = train(built["vanilla"], samples, PLAN), train(built["vanilla"], samples, PLAN, foe=foe)
     assert attacked.errors == []
-    assert (
-        sum(attacked.rejected.values()) >= 12
-        and attacked.rejected["run"] == 1
-        and attacked.rejected["schema"] >= 1
-    )
+    assert sum(attacked.rejected.values()) >= 12 and attacked.rejected["run"] == 1 and attacked.rejected["schema"] >= 1
     assert all(np.array_equal(value, attacked.weights[name]) for name, value in quiet.weights.items())
 
 
@@ -194,9 +188,7 @@ def served(built: dict[str, Any]) -> Any:
     broker = MemoryBroker()
     trainer = built["vanilla"].trainer(2)
     plan = TrainingPlan(devices=1, rounds=2, batch=3, idle_s=20)
-    service = TrainingService(
-        built["vanilla"].bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward"
-    )
+    service = TrainingService(built["vanilla"].bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward")
     thread = threading.Thread(target=service.run)
     thread.start()
     device = Device(broker, built["vanilla"])
@@ -272,9 +264,7 @@ def test_a_device_learns_that_its_run_ended(built: dict[str, Any], samples: Draw
 
     thread = threading.Thread(target=serve)
     thread.start()
-    client = EdgeClient(
-        built["vanilla"].bundle, MemoryTransport(broker, "d0"), device="d0", fleet="ward", resend_s=30
-    )
+    client = EdgeClient(built["vanilla"].bundle, MemoryTransport(broker, "d0"), device="d0", fleet="ward", resend_s=30)
     with client, pytest.raises((RefusedError, TransportError), match="ended run"):
         client.train_step(batch.x, batch.y)
     thread.join(20)

@@ -28,9 +28,7 @@ def back() -> nn.Sequential:
 
 
 def back1d() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv1d(CHANNELS, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 8, CLASSES)
-    )
+    return nn.Sequential(nn.Conv1d(CHANNELS, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 8, CLASSES))
 
 
 def batch(samples: int = 4, *size: int, seed: int = 0) -> Tensor:
@@ -41,9 +39,7 @@ def batch(samples: int = 4, *size: int, seed: int = 0) -> Tensor:
 def test_names_in_the_state_are_stable() -> None:
     names = set(Streams(back, CHANNELS, 2).state_dict())
     own = {"conv3.weight", "conv3.bias", "head.weight", "head.bias"}
-    own |= {
-        f"bn3.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    }
+    own |= {f"bn3.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     fusion = {name.replace("bn3", "bn") for name in own if name.startswith("bn3")} | {"conv.weight"}
     assert names == {
         *(f"attacked.{name}" for name in own),
@@ -78,9 +74,7 @@ def test_each_stream_takes_its_view() -> None:
     recovered = recover(activations, threshold=0.3).recovered
     torch.testing.assert_close(logits["attacked"], streams.attacked(activations))
     torch.testing.assert_close(logits["recovered"], streams.recovered(recovered))
-    torch.testing.assert_close(
-        logits["fused"], streams.fused.back(streams.fused.fusion(activations, recovered))
-    )
+    torch.testing.assert_close(logits["fused"], streams.fused.back(streams.fused.fusion(activations, recovered)))
     trace = Streams(back, CHANNELS, 2, threshold=0.3, recovered_view="trace").eval()
     torch.testing.assert_close(trace(activations)["recovered"], trace.recovered(activations - recovered))
 
@@ -134,9 +128,7 @@ def test_load_back_fills_the_first_stream_only() -> None:
         before = copy.deepcopy(streams.state_dict())
         streams.load_back(initial)
         for name, value in streams.state_dict().items():
-            expected = (
-                initial[name.removeprefix(f"{prefix}.")] if name.startswith(f"{prefix}.") else before[name]
-            )
+            expected = initial[name.removeprefix(f"{prefix}.")] if name.startswith(f"{prefix}.") else before[name]
             assert torch.equal(value, expected)
         initial["head.bias"] += 1.0  # copied, not shared
         assert not torch.equal(streams.state_dict()[f"{prefix}.head.bias"], initial["head.bias"])

@@ -35,9 +35,7 @@ def back(dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
             pool1=nn.MaxPool2d(2),
-            conv3=nn.Conv2d(
-                CHANNELS, 5, 3, padding=1, bias=False
-            ),  # a bias before BatchNorm has gradients of noise
+            conv3=nn.Conv2d(CHANNELS, 5, 3, padding=1, bias=False),  # a bias before BatchNorm has gradients of noise
             bn3=nn.BatchNorm2d(5),
             relu3=nn.ReLU(),
             flatten=nn.Flatten(),
@@ -61,9 +59,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def autograd(
-    model: Streams, activations: NDArray[np.float32], labels: NDArray[np.int64], names: Any
-) -> Tensor:
+def autograd(model: Streams, activations: NDArray[np.float32], labels: NDArray[np.int64], names: Any) -> Tensor:
     """The gradient of the sum of these streams' losses, with everything attached."""
     inputs = torch.tensor(activations, requires_grad=True)
     logits = copy.deepcopy(model).train()(inputs)
@@ -82,9 +78,7 @@ def autograd(
         (("attacked", "fused"), "fused", ["fused"]),
     ],
 )
-def test_gradient_is_that_of_the_chosen_loss_alone(
-    names: tuple[str, ...], gradient_from: Any, of: list[str]
-) -> None:
+def test_gradient_is_that_of_the_chosen_loss_alone(names: tuple[str, ...], gradient_from: Any, of: list[str]) -> None:
     model = streams(names)
     activations, labels = batch()
     expected = autograd(model, activations, labels, of)
@@ -110,9 +104,7 @@ def plain_torch(model: Streams, optimizer: str, momentum: float, rates: list[flo
         recovered = recover(activations).recovered
         for name in model.names:
             stream = getattr(model, name)
-            views = {"attacked": [activations], "recovered": [recovered], "fused": [activations, recovered]}[
-                name
-            ]
+            views = {"attacked": [activations], "recovered": [recovered], "fused": [activations, recovered]}[name]
             if seed == 0:
                 options: dict[str, Any] = {"lr": rate, "fused": False, "foreach": False}
                 kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
@@ -145,9 +137,7 @@ def test_losses_are_the_mean_cross_entropies() -> None:
     result = Trainer(model, cut=CUT).step(activations, labels)
     assert list(result.losses) == list(STREAMS)
     for name, loss in result.losses.items():
-        assert loss == pytest.approx(
-            nn.functional.cross_entropy(logits[name], torch.tensor(labels)).item(), rel=1e-5
-        )
+        assert loss == pytest.approx(nn.functional.cross_entropy(logits[name], torch.tensor(labels)).item(), rel=1e-5)
 
 
 def test_training_lowers_every_loss() -> None:
@@ -291,14 +281,10 @@ def test_a_step_that_fails_leaves_everything_as_it_was(fails: str) -> None:
     elif fails == "gradient":
         head.register_full_backward_hook(lambda *_: (torch.full((8, 45), math.inf),))
     else:
-        trainer.streams.fused.back.drop.register_forward_hook(
-            lambda *_: 1 / torch.zeros(3, 3) @ torch.zeros(2, 2)
-        )
+        trainer.streams.fused.back.drop.register_forward_hook(lambda *_: 1 / torch.zeros(3, 3) @ torch.zeros(2, 2))
     before = trainer.state_dict()
     generator = torch.get_rng_state()
-    message = {"loss": "losses are", "gradient": "gradient is not finite", "batch": "failed on 8 samples"}[
-        fails
-    ]
+    message = {"loss": "losses are", "gradient": "gradient is not finite", "batch": "failed on 8 samples"}[fails]
     with pytest.raises(TrainingError, match=message):
         trainer.step(activations, labels)
     assert same(trainer.state_dict(), before)
@@ -371,9 +357,7 @@ def test_cut_is_learnt_from_the_first_batch_or_checked_at_once() -> None:
     assert trainer.cut == ()
     trainer.step(*batch())
     assert (trainer.cut, trainer.classes) == (CUT, CLASSES)
-    assert same(
-        trainer.state_dict(), (lambda t: (t.step(*batch()), t.state_dict())[1])(Trainer(streams(), cut=CUT))
-    )
+    assert same(trainer.state_dict(), (lambda t: (t.step(*batch()), t.state_dict())[1])(Trainer(streams(), cut=CUT)))
     for cut in ((), (4,), (5, 6, 6), (4, 6), (4, 0, 6)):
         with pytest.raises(ServerError, match="give 4 channels"):
             Trainer(streams(), cut=cut)

@@ -1,0 +1,51 @@
+"""Two parts compute the very bits of the whole, and the early part needs nothing that is late."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from export.errors import ExportError
+from export.partition import partition
+
+
+def model() -> bytes:
+    """early: a = x * w, side = a + w; late: y = a * g, plus a constant."""
+    nodes = [
+        helper.make_node("Mul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "w"], ["side"]),
+        helper.make_node("Mul", ["a", "g"], ["ag"]),
+        helper.make_node("Add", ["ag", "c"], ["y"]),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 2]) for name in ("x", "w", "g")]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 2]) for name in ("side", "y")]
+    constant = helper.make_tensor("c", TensorProto.FLOAT, [2], [1.0, 2.0])
+    graph = helper.make_graph(nodes, "psgl", value, outputs, [constant])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    serialised: bytes = made.SerializeToString()
+    return serialised
+
+
+def test_both_parts_are_the_whole(run) -> None:
+    generator = np.random.default_rng(0)
+    feeds = {name: generator.standard_normal((3, 2)).astype(np.float32) for name in ("x", "w", "g")}
+    whole = run(model(), feeds)
+    early, rest = partition(model(), {"g"})
+    first = run(early, {"x": feeds["x"], "w": feeds["w"]})
+    assert set(first) == {"side", "r.0"}
+    second = run(rest, {"g": feeds["g"], "r.0": first["r.0"]})
+    assert np.array_equal(first["side"], whole["side"]) and np.array_equal(second["y"], whole["y"])
+
+
+def test_each_part_holds_only_what_it_needs() -> None:
+    early, rest = (onnx.load_from_string(part).graph for part in partition(model(), {"g"}))
+    assert [node.op_type for node in early.node] == ["Mul", "Add"] and not early.initializer
+    assert [value.name for value in rest.input] == ["g", "r.0"]
+    assert [tensor.name for tensor in rest.initializer] == ["c"]
+
+
+def test_a_late_input_that_is_not_there() -> None:
+    with pytest.raises(ExportError, match="no inputs"):
+        partition(model(), {"gradient"})
