@@ -14,7 +14,7 @@ from edge_sdk.batch import as_batch, as_labels
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.exchange import Exchange, Plan, Traffic
-from edge_sdk.front import Front, FrontState, Prepared
+from edge_sdk.front import Front, FrontState
 from edge_sdk.state import MemoryState, OutboxStep, State
 from edge_sdk.transport import Transport
 from edge_sdk.wire import Message, encode
@@ -203,12 +203,12 @@ class EdgeClient:
         attacked = labels if self._bundle.manifest.perturb_towards == "label" else None
         forward = self._front.forward(before, batch, attacked, training=True)
         message = self._message("train", before, {"activations": forward.activations, "labels": labels})
-        outbox = OutboxStep(message.step, self._frames(message), forward.perturbed, forward.map)
+        outbox = OutboxStep(message.step, self._frames(message), batch, attacked)
         self._state.begin(outbox)
-        prepared: list[Prepared] = []
 
         def prepare() -> None:
-            prepared.append(self._front.prepare(before, forward.perturbed, forward.map))
+            nonlocal forward
+            forward = self._front.prepare(before, forward)
 
         try:
             reply, resent = self._exchange.ask(outbox, prepare)
@@ -221,7 +221,7 @@ class EdgeClient:
         if gradient is None or gradient.shape != forward.activations.shape or not 0 <= reply.fields["rate"] <= 1:
             raise RefusedError("shape", "the server's gradient does not fit the step: compare the versions of psgl")
         rate = self._bundle.manifest.learning_rate * float(reply.fields["rate"])
-        after = self._front.backward(before, prepared[0], gradient, rate=rate)
+        after = self._front.backward(before, forward, gradient, rate=rate)
         self._state.finish(outbox.step, after)
         self.steps += 1
         self._trained_samples += len(batch)

@@ -7,7 +7,7 @@ whole by whoever keeps the state.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import onnxruntime as ort
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BatchError, BundleError
 
-__all__ = ["Forward", "Front", "FrontState", "Prepared"]
+__all__ = ["Forward", "Front", "FrontState"]
 
 Array = npt.NDArray[np.float32]
 
@@ -49,12 +49,14 @@ class Forward:
         perturbed: (N, *input_shape), the attacked input (the input itself where the profile has no perturbation).
         map: (N, *input_shape), the normalised perturbation, or None.
         guide: (N, K) logits of the guide, or None.
+        kept: of a training pass, what ``prepare`` and ``backward`` go on with.
     """
 
     activations: Array = field(repr=False)
     perturbed: Array = field(repr=False)
     map: Array | None = field(repr=False)
     guide: Array | None = field(repr=False)
+    kept: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     @property
     def unperturbed(self) -> int:
@@ -62,17 +64,6 @@ class Forward:
         if self.map is None:
             return len(self.activations)
         return int((~self.map.reshape(len(self.map), -1).any(axis=1)).sum())
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the backward pass keeps between its two parts.
-
-    Attributes:
-        values: ``r.*``, and ``next.b.*``, the BatchNorm statistics of the next state.
-    """
-
-    values: Mapping[str, Array] = field(repr=False)
 
 
 class Front:
@@ -139,28 +130,30 @@ class Front:
             "epsilon": np.array(strength, np.float32),
         }
         out = self._run("train" if training else "infer", {**state.tensors, **given})
-        return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"))
+        kept = {"x": x, **out} if training else {}
+        return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"), kept)
 
-    def prepare(self, state: FrontState, perturbed: Array, attack: Array | None) -> Prepared:
+    def prepare(self, state: FrontState, forward: Forward) -> Forward:
         """Run the part of the backward pass that needs no gradient, while the gradient is still on its way.
 
         Args:
             state: the state that the forward pass used.
-            perturbed: (N, *input_shape) of that forward pass.
-            attack: (N, *input_shape), its normalised map, or None.
+            forward: of a training pass.
+
+        Returns:
+            The same with more to go on with.
 
         Raises:
             BatchError: onnxruntime refused the arrays.
         """
-        given = {"perturbed": perturbed} if attack is None else {"perturbed": perturbed, "map": attack}
-        return Prepared(self._run("prepare", {**state.tensors, **given}))
+        return replace(forward, kept={**forward.kept, **self._run("prepare", {**state.tensors, **forward.kept})})
 
-    def backward(self, state: FrontState, prepared: Prepared, gradient: Array, *, rate: float) -> FrontState:
+    def backward(self, state: FrontState, prepared: Forward, gradient: Array, *, rate: float) -> FrontState:
         """Run the rest of the backward pass and one optimizer step.
 
         Args:
             state: the state that the forward pass used.
-            prepared: of the same state and batch.
+            prepared: that forward pass, prepared.
             gradient: (N, *cut_shape), the loss's gradient with respect to the activations.
             rate: learning rate of this step.
 
@@ -171,7 +164,7 @@ class Front:
             BatchError: onnxruntime refused the arrays, or the step would leave a parameter that is not finite.
         """
         given: dict[str, npt.NDArray[Any]] = {"gradient": gradient, "rate": np.array(rate, np.float32)}
-        out = {**prepared.values, **self._run("backward", {**state.tensors, **prepared.values, **given})}
+        out = {**prepared.kept, **self._run("backward", {**state.tensors, **prepared.kept, **given})}
         tensors = {name: out.get(f"next.{name}", value) for name, value in state.tensors.items()}
         if not all(np.isfinite(value).all() for value in tensors.values()):
             raise BatchError("the step would make the front's parameters infinite: lower the learning rate")

@@ -27,14 +27,15 @@ class OutboxStep:
     Attributes:
         step: its number, counted up within the session and never reused.
         frames: the very bytes that were sent, to be sent again until a reply comes.
-        perturbed: (N, *input_shape), what backward needs; None for a step without backward.
-        map: (N, *input_shape) or None, as above.
+        x: float32 (N, *input_shape), the batch, from which forward and so backward can be computed again; None for a
+            step without backward.
+        label: int64 (N), the classes that the perturbation attacked, or None where the guide chose them.
     """
 
     step: int
     frames: tuple[bytes, ...] = field(repr=False)
-    perturbed: npt.NDArray[np.float32] | None = field(default=None, repr=False)
-    map: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    x: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    label: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
 
 class State(Protocol):

@@ -1,7 +1,8 @@
-"""The graphs of a bundle: forward for training, forward for inference, backward with optimizer step in two parts.
+"""The graphs of a bundle: inference, and a training step in three parts.
 
 All weights and statistics of the front travel as inputs (``p.*``, ``b.*``), the optimizer's state as ``s.*``;
-the guide is baked in. ``next.*`` outputs are the inputs of the following step.
+the guide is baked in. ``next.*`` outputs are the inputs of the following step; ``f.*`` and ``r.*`` are what the parts
+of one step hand on, of use to each other alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from export.gradient import TRACE_BATCH, export_graphs
 from export.layers import check_layers
 from export.model import GraphInput, GraphPlan
 from export.optimizer import Optimizer, initial_state, step
-from export.partition import partition
+from export.partition import before_inputs, for_outputs
 from export.rewrite import cheap_gradient
 from server_sdk.reference.perturbation import Perturbation, front_input, perturb
 
@@ -34,19 +35,18 @@ class GraphSet:
     """Graphs and what they start from.
 
     Attributes:
-        train: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` to ``activations``
-            [``perturbed``, ``map``, ``guide (N, K)``]; BatchNorm in training mode.
-        infer: the same with ``b.*`` as inputs and BatchNorm in evaluation mode.
-        prepare: what of the step needs no gradient: ``perturbed`` [``map``] ``p.*`` ``b.*`` to ``next.b.*`` and to
-            ``r.*``, which are for ``backward`` alone.
+        train: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` ``b.*`` to ``activations``
+            [``perturbed``, ``map``, ``guide (N, K)``] ``next.b.*`` and ``f.*``, ``r.*``; BatchNorm in training mode.
+        prepare: what of the backward pass needs no gradient: ``f.*`` to ``r.*``.
         backward: ``r.*`` ``gradient`` ``rate ()`` ``p.*`` ``s.*`` to ``next.p.*`` and ``next.s.*``.
+        infer: as ``train`` up to ``guide``, with BatchNorm in evaluation mode.
         tensors: initial ``p.*``, ``b.*``, ``s.*`` in the graphs' order, float32.
     """
 
     train: bytes
-    infer: bytes
     prepare: bytes
     backward: bytes
+    infer: bytes
     tensors: dict[str, npt.NDArray[np.float32]]
 
 
@@ -81,13 +81,14 @@ def build_graphs(
     builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, optimizer)
     graphs = export_graphs(builder, builder.inputs(), builder.plans())
     late = {"gradient", "rate", *(f"s.{name}" for name in builder.state)}
-    graphs["prepare"], graphs["backward"] = partition(graphs["backward"], late)
+    early, graphs["backward"] = before_inputs(graphs.pop("step"), late, "r.")
+    graphs["train"], graphs["prepare"] = for_outputs(early, builder.awaited(), "f.")
     tensors = {name: tensor.numpy().copy() for name, tensor in builder.carried().items()}
     return GraphSet(**graphs, tensors=tensors)
 
 
 class _Builder:
-    """The names, tensors and functions that the three graphs of one front are made of."""
+    """The names, tensors and functions that the graphs of one front are made of."""
 
     def __init__(
         self,
@@ -104,7 +105,6 @@ class _Builder:
         self.optimizer = optimizer
         self.front = _bare_copy(front)
         self.pulled = cheap_gradient(self.front)
-        self.alone = _without_statistics(self.front)
         self.settled = copy.deepcopy(self.front).eval()
         self.guide = None if guide is None or perturbation is None else _bare_copy(guide).eval()
         self.parameters = {name: p.detach() for name, p in self.front.named_parameters()}
@@ -120,76 +120,68 @@ class _Builder:
     def inputs(self) -> list[GraphInput]:
         example = torch.rand(TRACE_BATCH, *self.shape, generator=torch.Generator().manual_seed(0))
         entries = [GraphInput("x", example, batched=True)]
-        stepped = [GraphInput("step.perturbed", example.clone(), batched=True)]
         if self.guide is not None:
             entries.append(GraphInput("label", torch.full((TRACE_BATCH,), -1), batched=True))
             entries.append(GraphInput("epsilon", torch.tensor(0.1)))
-            stepped.append(GraphInput("step.map", example.clone(), batched=True))
-        stepped.append(GraphInput("gradient", self._activations_like(example), batched=True))
-        stepped.append(GraphInput("rate", torch.tensor(0.1)))
+        entries.append(GraphInput("gradient", self._activations_like(example), batched=True))
+        entries.append(GraphInput("rate", torch.tensor(0.1)))
         weights = [GraphInput(name, tensor) for name, tensor in self.carried().items()]
         baked = [GraphInput(f"guide.{name}", t, baked=True) for name, t in self.guide_weights.items()]
-        return [*entries, *stepped, *weights, *baked]
+        return [*entries, *weights, *baked]
 
     def plans(self) -> dict[str, GraphPlan]:
-        mapped = self.guide is not None
-        entry = ["x", *(["label", "epsilon"] if mapped else [])]
-        extra = ["perturbed", "map", "guide"] if mapped else []
-        parameters = [name for name in self.carried() if name.startswith("p.")]
-        statistics = [name for name in self.carried() if name.startswith("b.")]
-        step_entry = {"perturbed": "step.perturbed"} | ({"map": "step.map"} if mapped else {})
+        entry = ["x", *(["label", "epsilon"] if self.guide is not None else [])]
+        infer = [*entry, *(name for name in self.carried() if not name.startswith("s."))]
+        step = [*entry, "gradient", "rate", *self.carried()]
 
-        def forward(kind: str, inputs: list[str]) -> GraphPlan:
-            outputs = {"activations": f"{kind}.activations"} | {name: name for name in extra}
+        def plan(kind: str, inputs: list[str], further: Sequence[str]) -> GraphPlan:
+            outputs = {"activations": f"{kind}.activations"} | {name: name for name in (*self._shown(), *further)}
             return GraphPlan({name: name for name in inputs}, outputs)
 
         return {
-            "train": forward("train", [*entry, *parameters]),
-            "infer": forward("infer", [*entry, *parameters, *statistics]),
-            "backward": GraphPlan(
-                step_entry | {name: name for name in ("gradient", "rate", *self.carried())},
-                {f"next.{name}": f"next.{name}" for name in self.carried()},
-            ),
+            "infer": plan("infer", infer, ()),
+            "step": plan("train", step, [f"next.{name}" for name in self.carried()]),
         }
 
+    def awaited(self) -> set[str]:
+        """What the first part of a step gives."""
+        statistics = (f"next.{name}" for name in self.carried() if name.startswith("b."))
+        return {"activations", *self._shown(), *statistics}
+
+    def _shown(self) -> list[str]:
+        return ["perturbed", "map", "guide"] if self.guide is not None else []
+
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._forward(tensors) | self._backward(tensors)
-
-    def _forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parameters = _group(tensors, "p.")
-        extra: dict[str, Tensor] = {}
-        seen = tensors["x"]
-        scaled: Tensor | None = None
-        if self.guide is not None and self.perturbation is not None:
-            guide = functools.partial(functional_call, self.guide, _group(tensors, "guide."))
-            how = self.perturbation.normalisation
-            result = perturb(guide, seen, tensors["label"], normalisation=how, epsilon=tensors["epsilon"])
-            seen, scaled = result.perturbed, result.map
-            extra = {"perturbed": result.perturbed, "map": result.map, "guide": result.guide}
-        sees = front_input(seen, scaled, self.downsample)
-        trained = functional_call(self.alone, parameters, (sees,))
-        settled = functional_call(self.settled, parameters | _group(tensors, "b."), (sees,))
-        return {"train.activations": trained, "infer.activations": settled, **extra}
-
-    def _backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seen, shown = self._seen(tensors)
         parameters, statistics = _group(tensors, "p."), _group(tensors, "b.")
-        sees = front_input(tensors["step.perturbed"], tensors.get("step.map"), self.downsample)
+        settled = functional_call(self.settled, parameters | statistics, (seen,))
 
         def forward(weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             updated = {name: tensor.clone() for name, tensor in statistics.items()}
-            return functional_call(self.pulled, {**weights, **updated}, (sees,)), updated
+            return functional_call(self.pulled, {**weights, **updated}, (seen,)), updated
 
-        _, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
+        trained, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
         (gradients,) = pull(tensors["gradient"])
         stepped, state = step(self.optimizer, parameters, gradients, _group(tensors, "s."), tensors["rate"])
         groups = (("p", stepped), ("b", updated), ("s", state))
-        return {f"next.{kind}.{name}": tensor for kind, group in groups for name, tensor in group.items()}
+        after = {f"next.{kind}.{name}": tensor for kind, group in groups for name, tensor in group.items()}
+        return {"train.activations": trained, "infer.activations": settled, **shown, **after}
+
+    def _seen(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the front sees of ``x``, and what the perturbation shows of itself."""
+        if self.guide is None or self.perturbation is None:
+            return front_input(tensors["x"], None, self.downsample), {}
+        guide = functools.partial(functional_call, self.guide, _group(tensors, "guide."))
+        how = self.perturbation.normalisation
+        result = perturb(guide, tensors["x"], tensors["label"], normalisation=how, epsilon=tensors["epsilon"])
+        seen = front_input(result.perturbed, result.map, self.downsample)
+        return seen, {"perturbed": result.perturbed, "map": result.map, "guide": result.guide}
 
     def _activations_like(self, example: Tensor) -> Tensor:
         scaled = example if self.guide is not None else None
         try:
             with torch.no_grad():
-                activations = self.alone(front_input(example, scaled, self.downsample))
+                activations = copy.deepcopy(self.front)(front_input(example, scaled, self.downsample))
         except RuntimeError as exc:
             problem = str(exc).splitlines()[0]
             raise ExportError(f"the front does not take the input {tuple(self.shape)}: {problem}") from exc
@@ -212,12 +204,4 @@ def _bare_copy(front: nn.Module) -> nn.Module:
             layer.num_batches_tracked = None
         if getattr(layer, "inplace", False):
             setattr(layer, "inplace", False)  # noqa: B010 - torch types any attribute as tensor or module
-    return bare
-
-
-def _without_statistics(front: nn.Module) -> nn.Module:
-    bare = copy.deepcopy(front).train()
-    for layer in bare.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.running_mean, layer.running_var = None, None
     return bare

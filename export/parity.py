@@ -52,11 +52,11 @@ def check_parity(
         seen, attack = result.perturbed.detach(), result.map.detach()
         expected = {"perturbed": seen, "map": attack, "guide": result.guide.detach()}
     worst = 0.0
-    for name, graph, training in (("train", graphs.train, True), ("infer", graphs.infer, False)):
+    trained = _run(graphs.train, given)
+    for name, outputs, training in (("train", trained, True), ("infer", _run(graphs.infer, given), False)):
         twin = copy.deepcopy(front).train(training)
         with torch.no_grad():
             activations = twin(front_input(seen, attack, downsample))
-        outputs = _run(graph, given)
         worst = max(worst, _compare(name, outputs, {**expected, "activations": activations}))
     twin = copy.deepcopy(front).train()
     stepper: torch.optim.Optimizer = (
@@ -68,13 +68,7 @@ def check_parity(
     gradient = torch.randn(activations.shape, generator=generator)
     activations.backward(gradient)
     stepper.step()
-    given |= {
-        "perturbed": seen.numpy(),
-        "gradient": gradient.numpy(),
-        "rate": np.array(optimizer.learning_rate, np.float32),
-    }
-    if attack is not None:
-        given["map"] = attack.numpy()
+    given |= {"gradient": gradient.numpy(), "rate": np.array(optimizer.learning_rate, np.float32), **trained}
     after: dict[str, Tensor] = {}
     steady: dict[str, npt.NDArray[np.bool_]] = {}
     for name, value in twin.named_parameters():
@@ -91,7 +85,7 @@ def check_parity(
         f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
     }
     prepared = _run(graphs.prepare, given)
-    outputs = prepared | _run(graphs.backward, {**given, **prepared})
+    outputs = trained | prepared | _run(graphs.backward, {**given, **prepared})
     return max(worst, _compare("backward", outputs, after, steady))
 
 

@@ -1,75 +1,114 @@
-"""One graph becomes two: what can be computed before some of its inputs are known, and the rest.
+"""One graph becomes several that run one after the other, each as soon as its inputs are there.
 
-A device waits for its gradient while the server works; the part of the backward pass that does not need the gradient
-(the front's forward pass, masks, patches for the weights' gradient) runs in that time.
+A training step is traced as a whole. ``train`` must end early, for its activations are awaited; what of the backward
+pass needs no gradient (masks, patches for the weights' gradient) can run while the server works; the rest waits for
+the gradient. Nothing is computed twice, and the parts compute the very bits of the whole.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx
 
 from export.errors import ExportError
 
-__all__ = ["partition"]
+__all__ = ["before_inputs", "for_outputs"]
 
-_RESIDUAL = "r."
+Parts = tuple[bytes, bytes]
 
 
-def partition(model: bytes, late: set[str]) -> tuple[bytes, bytes]:
-    """Split a graph at the edge of what depends on its late inputs. Both parts together compute the very same bits.
+def before_inputs(model: bytes, late: set[str], prefix: str) -> Parts:
+    """Split off what can be computed before the late inputs are known.
 
     Args:
         model: serialised ONNX.
-        late: names of inputs that are known last.
+        late: names of inputs.
+        prefix: the values that the second part takes from the first are called ``<prefix>0``, ``<prefix>1``, ...;
+            those that were outputs of the model keep their names.
 
     Returns:
-        (early, rest). ``early`` gives ``r.*``, what the rest needs of it, and the outputs that need no late input;
-        ``rest`` takes ``r.*`` and gives the other outputs.
+        (everything that depends on no late input, the rest).
 
     Raises:
-        ExportError: a value between both parts has no known type.
+        ExportError: an unknown input, or a value between both parts whose type is not known.
     """
     whole = onnx.load_from_string(model)
-    graph = whole.graph
-    unknown = late - {value.name for value in graph.input}
-    if unknown:
-        raise ExportError(f"the graph has no inputs {sorted(unknown)} to wait for")
+    _require(late, (value.name for value in whole.graph.input), "inputs")
     dependent = set(late)
-    early: list[onnx.NodeProto] = []
-    rest: list[onnx.NodeProto] = []
-    for node in graph.node:
+    first = []
+    for node in whole.graph.node:
         if dependent & set(node.input):
-            rest.append(node)
             dependent |= set(node.output)
         else:
-            early.append(node)
-    made = {name for node in early for name in node.output}
-    wanted = [name for node in rest for name in node.input if name in made]
-    residuals = {name: f"{_RESIDUAL}{number}" for number, name in enumerate(dict.fromkeys(wanted))}
+            first.append(node.name)
+    return _cut(whole, set(first), prefix)
+
+
+def for_outputs(model: bytes, outputs: set[str], prefix: str) -> Parts:
+    """Split off what some outputs need.
+
+    Args:
+        model: serialised ONNX.
+        outputs: names of outputs that are awaited first.
+        prefix: as in ``before_inputs``.
+
+    Returns:
+        (what the outputs need, the rest).
+
+    Raises:
+        ExportError: an unknown output, or a value between both parts whose type is not known.
+    """
+    whole = onnx.load_from_string(model)
+    _require(outputs, (value.name for value in whole.graph.output), "outputs")
+    used = set(outputs)
+    first = []
+    for node in reversed(whole.graph.node):
+        if used & set(node.output):
+            used |= set(node.input)
+            first.append(node.name)
+    return _cut(whole, set(first), prefix)
+
+
+def _require(names: set[str], present: Iterable[str], kind: str) -> None:
+    unknown = sorted(names - set(present))
+    if unknown:
+        raise ExportError(f"the graph has no {kind} {unknown} to be split at")
+
+
+def _cut(whole: onnx.ModelProto, first: set[str], prefix: str) -> Parts:
+    graph = whole.graph
+    if len({node.name for node in graph.node}) != len(graph.node):
+        raise ExportError("nodes of the graph share a name: update onnxscript")
+    head = [node for node in graph.node if node.name in first]
+    tail = [node for node in graph.node if node.name not in first]
+    made = {name for node in head for name in node.output}
+    public = {value.name for value in graph.output}
+    crossing = [name for name in dict.fromkeys(name for node in tail for name in node.input) if name in made]
+    names = {name: f"{prefix}{number}" for number, name in enumerate(n for n in crossing if n not in public)}
     inferred = onnx.shape_inference.infer_shapes(whole, strict_mode=True, data_prop=True)
-    types = {value.name: value for value in (*inferred.graph.value_info, *inferred.graph.output)}
-    missing = [name for name in residuals if name not in types]
-    if missing:
-        raise ExportError(f"{len(missing)} values of the gradient have no type that onnx can infer: update onnx")
-    between = []
-    for name, public in residuals.items():
-        value = onnx.ValueInfoProto(name=public)
-        # Only the rank and the element type: an inferred extent may be a formula that no reader needs.
-        shape = types[name].type.tensor_type.shape
-        value.type.tensor_type.elem_type = types[name].type.tensor_type.elem_type
-        for _ in shape.dim:
-            value.type.tensor_type.shape.dim.add()
-        between.append(value)
-    outputs_early = [value for value in graph.output if value.name in made]
-    outputs_rest = [value for value in graph.output if value.name not in made]
-    both = {value.name for value in outputs_early} & residuals.keys()
-    if both:
-        raise ExportError(f"outputs {sorted(both)} are read by the gradient too: export them once")
-    inputs = list(graph.input)
-    return (
-        _model(whole, early, inputs, [*between, *outputs_early], residuals),
-        _model(whole, rest, [*inputs, *between], outputs_rest, residuals),
+    types = {value.name: value for value in (*inferred.graph.value_info, *graph.output)}
+    unknown = [name for name in crossing if name not in types]
+    if unknown:
+        raise ExportError(f"{len(unknown)} values of the gradient have no type that onnx can infer: update onnx")
+    hidden = [_between(types[name], names[name]) for name in crossing if name in names]
+    passed = [types[name] for name in crossing if name in public]
+    inputs = [*graph.input, *passed, *hidden]
+    head_outputs = [value for value in graph.output if value.name in made]
+    tail_outputs = [value for value in graph.output if value.name not in made]
+    return _model(whole, head, inputs, [*head_outputs, *hidden], names), _model(
+        whole, tail, inputs, tail_outputs, names
     )
+
+
+def _between(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    """Rank and element type alone: an inferred extent may be a formula that no reader needs."""
+    between = onnx.ValueInfoProto(name=name)
+    between.type.tensor_type.elem_type = value.type.tensor_type.elem_type
+    between.type.tensor_type.shape.SetInParent()
+    for _ in value.type.tensor_type.shape.dim:
+        between.type.tensor_type.shape.dim.add()
+    return between
 
 
 def _model(
@@ -88,7 +127,8 @@ def _model(
         copy.input[:] = [names.get(name, name) for name in node.input]
         copy.output[:] = [names.get(name, name) for name in node.output]
     read = {name for node in part.graph.node for name in node.input}
-    part.graph.input.extend(value for value in inputs if value.name in read)
+    own = {name for node in part.graph.node for name in node.output}
+    part.graph.input.extend(value for value in inputs if value.name in read and value.name not in own)
     part.graph.output.extend(outputs)
     part.graph.initializer.extend(tensor for tensor in whole.graph.initializer if tensor.name in read)
     onnx.checker.check_model(part)

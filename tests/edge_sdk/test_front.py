@@ -45,7 +45,7 @@ def test_backward_returns_a_new_state_and_leaves_the_old(profile: str, built: di
     kept = {name: value.copy() for name, value in before.tensors.items()}
     forward = front.forward(before, batch(samples), None, training=True)
     gradient = np.random.default_rng(0).normal(size=forward.activations.shape).astype(np.float32)
-    prepared = front.prepare(before, forward.perturbed, forward.map)
+    prepared = front.prepare(before, forward)
     after = front.backward(before, prepared, gradient, rate=0.01)
     assert after.version == 1 and set(after.tensors) == set(before.tensors)
     assert all(np.array_equal(before.tensors[name], value) for name, value in kept.items())
@@ -60,9 +60,7 @@ def test_an_exploding_step_is_refused(built: dict[str, Any], samples: Draw) -> N
     state = front.initial_state()
     forward = front.forward(state, batch(samples), None, training=True)
     with pytest.raises(BatchError, match="learning rate"):
-        front.backward(
-            state, front.prepare(state, forward.perturbed, None), np.full_like(forward.activations, 1e30), rate=1e38
-        )
+        front.backward(state, front.prepare(state, forward), np.full_like(forward.activations, 1e30), rate=1e38)
 
 
 def test_onnxruntime_never_leaks(built: dict[str, Any], samples: Draw) -> None:

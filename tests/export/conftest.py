@@ -22,7 +22,8 @@ def _in_onnxruntime(model: bytes, feeds: Mapping[str, np.ndarray]) -> Arrays:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    wanted = {value.name: feeds[value.name] for value in session.get_inputs()}
+    return dict(zip(names, session.run(names, wanted), strict=True))
 
 
 class ConvTranspose(WholeConvTranspose):
@@ -36,7 +37,8 @@ class ConvTranspose(WholeConvTranspose):
 
 def _in_reference(model: bytes, feeds: Mapping[str, np.ndarray]) -> Arrays:
     evaluator = ReferenceEvaluator(onnx.load_from_string(model), new_ops=[ConvTranspose])
-    return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
+    wanted = {name: feeds[name] for name in evaluator.input_names}
+    return dict(zip(evaluator.output_names, evaluator.run(None, wanted), strict=True))
 
 
 @pytest.fixture(scope="session", params=["onnxruntime", "reference"])
@@ -52,16 +54,17 @@ def run_fast() -> Callable[[bytes, Mapping[str, np.ndarray]], Arrays]:
 
 @pytest.fixture(scope="session")
 def step() -> Callable[..., Arrays]:
-    """Run both parts of a backward pass as a device does; gives ``next.*`` in the order of the initial tensors."""
+    """Run the last two parts of a step as a device does; gives ``next.*`` in the order of the initial tensors.
 
-    def run_both(run: Callable[[bytes, Mapping[str, np.ndarray]], Arrays], graphs: GraphSet, feeds: Arrays) -> Arrays:
-        def part(model: bytes) -> Arrays:
-            inputs = [value.name for value in onnx.load_from_string(model).graph.input]
-            return run(model, {name: feeds[name] for name in inputs})
+    ``feeds`` hold what ``train`` gave, and ``gradient`` and ``rate``.
+    """
 
-        feeds = feeds | part(graphs.prepare)
-        after = feeds | part(graphs.backward)
-        return {f"next.{name}": after[f"next.{name}"] for name in graphs.tensors}
+    def run_both(
+        run: Callable[[bytes, Mapping[str, np.ndarray]], Arrays], graphs: GraphSet, feeds: Mapping[str, np.ndarray]
+    ) -> Arrays:
+        known = dict(feeds) | run(graphs.prepare, feeds)
+        known |= run(graphs.backward, known)
+        return {f"next.{name}": known[f"next.{name}"] for name in graphs.tensors}
 
     return run_both
 

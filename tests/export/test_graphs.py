@@ -108,6 +108,14 @@ def _seen(perturbed: Tensor, scaled: Tensor | None, downsample: int) -> Tensor:
     return torch.cat([seen, average], dim=1)
 
 
+def _shown(setting: Setting, feeds: Mapping[str, np.ndarray]) -> Tensor:
+    """What the front saw of a batch, from what the train graph said of its perturbation (tested by itself above)."""
+    if setting.perturbation is None:
+        return _seen(torch.from_numpy(feeds["x"]).double(), None, setting.downsample)
+    perturbed, scaled = (torch.from_numpy(feeds[name]).double() for name in ("perturbed", "map"))
+    return _seen(perturbed, scaled, setting.downsample)
+
+
 def _saliency(guide: nn.Module, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """One gradient per class, summed: the definition, not the two products."""
     with torch.no_grad():
@@ -139,9 +147,9 @@ def _draw(setting: Setting, batch: int, seed: int = 0) -> np.ndarray:
 
 
 def _forward_feeds(
-    setting: Setting, graphs: GraphSet, x: np.ndarray, label: np.ndarray, epsilon: float, kinds: str
+    setting: Setting, graphs: GraphSet, x: np.ndarray, label: np.ndarray, epsilon: float
 ) -> dict[str, np.ndarray]:
-    feeds = {"x": x} | {name: t for name, t in graphs.tensors.items() if name[0] in kinds}
+    feeds = {"x": x} | {name: t for name, t in graphs.tensors.items() if name[0] in "pb"}
     if setting.perturbation is not None:
         feeds |= {"label": label.astype(np.int64), "epsilon": np.array(epsilon, np.float32)}
     return feeds
@@ -159,8 +167,8 @@ def test_perturbation(built, run, close, name: str, batch: int) -> None:
     guide = copy.deepcopy(setting.guide).double()
     logits, saliency = _saliency(guide, torch.from_numpy(x).double(), torch.from_numpy(label))
     wanted = _scaled(saliency, setting.perturbation.normalisation, 0.15)
-    for graph, kinds in ((built[name].train, "p"), (built[name].infer, "pb")):
-        got = run(graph, _forward_feeds(setting, built[name], x, label, 0.15, kinds))
+    for graph in (built[name].train, built[name].infer):
+        got = run(graph, _forward_feeds(setting, built[name], x, label, 0.15))
         close(got["guide"], logits, "guide")
         # float32 cannot tell the sign of a slope that is a rounding error
         sure = ((saliency == 0) | (saliency > 1e-9 * saliency.max())).numpy()
@@ -175,24 +183,24 @@ def test_perturbation(built, run, close, name: str, batch: int) -> None:
 def test_activations(built, run, close, name: str, batch: int) -> None:
     setting = SETTINGS[name]
     x, label = _draw(setting, batch, seed=1), _labels(batch)
-    for graph, kinds in ((built[name].train, "p"), (built[name].infer, "pb")):
-        got = run(graph, _forward_feeds(setting, built[name], x, label, 0.2, kinds))
+    for graph, training in ((built[name].train, True), (built[name].infer, False)):
+        got = run(graph, _forward_feeds(setting, built[name], x, label, 0.2))
         seen = _seen(
             torch.from_numpy(got.get("perturbed", x)).double(),
             torch.from_numpy(got["map"]).double() if "map" in got else None,
             setting.downsample,
         )
-        front = copy.deepcopy(setting.front).double().train(kinds == "p")
-        close(got["activations"], front(seen), f"activations from {kinds}")
+        front = copy.deepcopy(setting.front).double().train(training)
+        close(got["activations"], front(seen), f"activations, training={training}")
 
 
 @pytest.mark.parametrize("name", PERTURBED)
 def test_the_guide_predicts_where_no_label_is_given(built, run_fast, name: str) -> None:
     setting, x = SETTINGS[name], _draw(SETTINGS[name], 8)
-    blind = run_fast(built[name].train, _forward_feeds(setting, built[name], x, np.full(8, -1), 0.2, "p"))
+    blind = run_fast(built[name].train, _forward_feeds(setting, built[name], x, np.full(8, -1), 0.2))
     predicted = blind["guide"].argmax(1)
-    told = run_fast(built[name].train, _forward_feeds(setting, built[name], x, predicted, 0.2, "p"))
-    other = run_fast(built[name].train, _forward_feeds(setting, built[name], x, (predicted + 1) % CLASSES, 0.2, "p"))
+    told = run_fast(built[name].train, _forward_feeds(setting, built[name], x, predicted, 0.2))
+    other = run_fast(built[name].train, _forward_feeds(setting, built[name], x, (predicted + 1) % CLASSES, 0.2))
     np.testing.assert_array_equal(blind["map"], told["map"])
     assert (blind["map"] != other["map"]).any()
 
@@ -200,7 +208,7 @@ def test_the_guide_predicts_where_no_label_is_given(built, run_fast, name: str) 
 @pytest.mark.parametrize("name", PERTURBED)
 def test_epsilon_zero_changes_nothing(built, run, name: str) -> None:
     setting, x = SETTINGS[name], _draw(SETTINGS[name], 3)
-    got = run(built[name].train, _forward_feeds(setting, built[name], x, _labels(3), 0.0, "p"))
+    got = run(built[name].train, _forward_feeds(setting, built[name], x, _labels(3), 0.0))
     np.testing.assert_array_equal(got["perturbed"], x)
     np.testing.assert_array_equal(got["map"], np.zeros_like(x))
 
@@ -209,7 +217,7 @@ def test_epsilon_zero_changes_nothing(built, run, name: str) -> None:
 def test_an_all_zero_map_stays_zero(built, run, name: str) -> None:
     setting, x = SETTINGS[name], _draw(SETTINGS[name], 3)
     label = np.array([0, CLASSES + 7, 1])  # no such class: alpha is zero, and with it the map
-    got = run(built[name].train, _forward_feeds(setting, built[name], x, label, 0.2, "p"))
+    got = run(built[name].train, _forward_feeds(setting, built[name], x, label, 0.2))
     np.testing.assert_array_equal(got["map"][1], np.zeros_like(x[1]))
     np.testing.assert_array_equal(got["perturbed"][1], x[1])
     assert np.isfinite(got["map"]).all() and got["map"][0].any() and got["map"][2].any()
@@ -244,14 +252,13 @@ def test_training_steps(built, run, step, close, name: str) -> None:
     generator = np.random.default_rng(8)
     for number, batch in enumerate((3, 1, 8, 3, 3)):
         x = _draw(setting, batch, seed=number)
-        scaled = 0.2 * generator.random(x.shape, dtype=np.float32)
-        feeds = {"perturbed": x} | ({"map": scaled} if setting.perturbation else {})
-        mapped = torch.from_numpy(scaled).double() if setting.perturbation else None
-        out = front(_seen(torch.from_numpy(x).double(), mapped, setting.downsample))
+        feeds = {**carried, "x": x, "label": _labels(batch), "epsilon": np.array(0.2, np.float32)}
+        feeds |= run(built[name].train, feeds)
+        out = front(_shown(setting, feeds))
+        close(feeds["activations"], out, f"activations of step {number}", relative=1e-4)
         gradient = generator.standard_normal(out.shape).astype(np.float32)
         rate = 0.01 / (number + 1)
-        feeds |= {"gradient": gradient, "rate": np.array(rate, np.float32)}
-        got = step(run, built[name], feeds | dict(carried))
+        got = step(run, built[name], feeds | {"gradient": gradient, "rate": np.array(rate, np.float32)})
         optimizer.zero_grad()
         (out * torch.from_numpy(gradient).double()).sum().backward()
         optimizer.param_groups[0]["lr"] = rate
@@ -271,13 +278,12 @@ def test_training_steps(built, run, step, close, name: str) -> None:
 def test_front_gradient_matches_finite_differences(built, run_fast, step, name: str) -> None:
     setting, graphs = SETTINGS[name], built[name]
     x, generator = _draw(setting, 3, seed=4), np.random.default_rng(2)
-    scaled = 0.2 * generator.random(x.shape, dtype=np.float32)
-    mapped = torch.from_numpy(scaled).double() if setting.perturbation else None
-    seen = _seen(torch.from_numpy(x).double(), mapped, setting.downsample)
+    feeds = {**graphs.tensors, "x": x, "label": _labels(3), "epsilon": np.array(0.2, np.float32)}
+    feeds |= run_fast(graphs.train, feeds)
+    seen = _shown(setting, feeds)
     front = copy.deepcopy(setting.front).double().train()
     gradient = generator.standard_normal(front(seen).shape).astype(np.float32)
-    feeds = {"perturbed": x, "gradient": gradient, "rate": np.array(1.0, np.float32)} | graphs.tensors
-    got = step(run_fast, graphs, feeds | ({"map": scaled} if setting.perturbation else {}))
+    got = step(run_fast, graphs, feeds | {"gradient": gradient, "rate": np.array(1.0, np.float32)})
     for name_, parameter in front.named_parameters():
         along = generator.standard_normal(parameter.shape)
         losses = []
@@ -305,29 +311,22 @@ def test_names_shapes_and_operators(built, name: str) -> None:
     entry = ["x", "label", "epsilon"] if mapped else ["x"]
     results = ["activations", "perturbed", "map", "guide"] if mapped else ["activations"]
     wanted = {
-        "train": ([*entry, *parameters], results),
+        "train": ([*entry, *parameters, *statistics], [*results, *(f"next.{key}" for key in statistics)]),
         "infer": ([*entry, *parameters, *statistics], results),
-        "prepare": (
-            ["perturbed", *(["map"] if mapped else []), *parameters, *statistics],
-            [f"next.{key}" for key in statistics],
-        ),
-        "backward": (
-            ["gradient", "rate", *parameters, *state],
-            [f"next.{key}" for key in (*parameters, *state)],
-        ),
+        "prepare": ([], []),
+        "backward": (["gradient", "rate", *parameters, *state], [f"next.{key}" for key in (*parameters, *state)]),
     }
     assert list(graphs.tensors) == carried
     assert all(tensor.dtype == np.float32 for tensor in graphs.tensors.values())
     batched = {"x", "label", "perturbed", "map", "gradient", "activations", "guide"}
     for kind, (inputs, outputs) in wanted.items():
         model = onnx.load_from_string(getattr(graphs, kind))
-        public = [value for value in (*model.graph.input, *model.graph.output) if not value.name.startswith("r.")]
-        assert {value.name for value in public} <= {*inputs, *outputs}, kind
-        named = [value.name for value in model.graph.input if not value.name.startswith("r.")]
-        assert named == [name for name in inputs if name in named], kind
-        # Of its parameters a part takes those that it computes with, every other input is always there.
-        assert set(inputs) - set(named) <= set(parameters) and (kind == "prepare" or named == inputs), kind
-        assert [value.name for value in model.graph.output if not value.name.startswith("r.")] == outputs, kind
+        public = [v for v in (*model.graph.input, *model.graph.output) if v.name[:2] not in ("f.", "r.")]
+        taken = [value.name for value in model.graph.input if value in public]
+        given = [value.name for value in model.graph.output if value in public]
+        # prepare may also read what train shows; nobody else reads or gives more than its own
+        assert taken == inputs or (kind == "prepare" and set(taken) <= {*entry, *results, *parameters}), kind
+        assert given == outputs, kind
         for value in public:
             tensor = value.type.tensor_type
             dims = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
@@ -389,7 +388,7 @@ def test_drawn_shapes(run_fast, step, close, channels: int, grid: list[int], bat
     setting = Setting(front, guide, shape, Perturbation("sign", 0.2), 2, Optimizer("sgd", 0.1))
     graphs = setting.build()
     x = _draw(setting, batch, seed=batch)
-    got = run_fast(graphs.train, _forward_feeds(setting, graphs, x, _labels(batch), 0.2, "p"))
+    got = run_fast(graphs.train, _forward_feeds(setting, graphs, x, _labels(batch), 0.2))
     _, saliency = _saliency(
         copy.deepcopy(guide).double(), torch.from_numpy(x).double(), torch.from_numpy(_labels(batch))
     )
@@ -401,8 +400,8 @@ def test_drawn_shapes(run_fast, step, close, channels: int, grid: list[int], bat
     out = exact(_seen(torch.from_numpy(got["perturbed"]).double(), mapped, 2))
     close(got["activations"], out, "activations")
     out.sum().backward()
-    feeds = {"perturbed": got["perturbed"], "map": got["map"], "rate": np.array(1.0, np.float32)}
-    stepped = step(run_fast, graphs, feeds | {"gradient": np.ones_like(got["activations"])} | graphs.tensors)
+    feeds = {**graphs.tensors, **got, "rate": np.array(1.0, np.float32)}
+    stepped = step(run_fast, graphs, feeds | {"gradient": np.ones_like(got["activations"])})
     for key, parameter in exact.named_parameters():
         change = graphs.tensors[f"p.{key}"] - stepped[f"next.p.{key}"]
         close(change, parameter.grad, key, relative=1e-4)
