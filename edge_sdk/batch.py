@@ -103,7 +103,8 @@ def as_batch(x: npt.ArrayLike, input_shape: tuple[int, ...], *, max_batch: int) 
         if not np.isfinite(batch).all():
             raise BatchError("the batch holds NaN or infinite values: check the sensor or drop these samples")
         raise BatchError(
-            f"samples lie in [0, 1], these in [{batch.min():.4g}, {batch.max():.4g}]: scale them as the bundle's training data"
+            f"samples lie in [0, 1], these in [{batch.min():.4g}, {batch.max():.4g}]: "
+            "scale them as the bundle's training data"
         )
     return batch
 
@@ -184,7 +185,8 @@ def load_dataset(path: str | Path) -> Dataset:
         )
     if test.y.min() < 0 or test.y.max() >= classes:
         raise BatchError(
-            f"{path}: test labels go from {test.y.min()} to {test.y.max()}, but the training labels are 0 to {classes - 1}: relabel them"
+            f"{path}: test labels go from {test.y.min()} to {test.y.max()}, "
+            f"but the training labels are 0 to {classes - 1}: relabel them"
         )
     dataset = Dataset(train, test, classes)
     height, width = dataset.input_shape[1:]
@@ -244,7 +246,8 @@ def _samples(path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any], part: str) ->
             raise BatchError(f"{path}: {part} samples hold NaN or infinite values: drop or repair them")
         if x.min() < 0 or x.max() > 1:
             raise BatchError(
-                f"{path}: {part} samples lie in [{x.min():.4g}, {x.max():.4g}]: floats must lie in [0, 1], divide them by their range"
+                f"{path}: {part} samples lie in [{x.min():.4g}, {x.max():.4g}]: "
+                "floats must lie in [0, 1], divide them by their range"
             )
         x = x.astype(np.float32)
     return Samples(np.ascontiguousarray(x), y.astype(np.int64))

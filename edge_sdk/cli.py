@@ -15,13 +15,15 @@ from edge_sdk.client import EdgeClient
 from edge_sdk.codec import pack_tensors
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run
 from edge_sdk.errors import BatchError, ConfigError
+from edge_sdk.memory import keep_freed_memory, peak_rss_mb
 from edge_sdk.paho_transport import PahoTransport
-from edge_sdk.training import follow, peak_rss_mb
+from edge_sdk.training import follow
 
 __all__ = ["main"]
 
 _EXAMPLES = """\
-  psgl-edge run net.psgl --data ward-1.npz --device ward-1 --host broker.clinic.example --ca ca.pem --user ward-1 --password-file pw
+  psgl-edge run net.psgl --data ward-1.npz --device ward-1 --host broker.clinic.example --ca ca.pem \\
+      --user ward-1 --password-file pw
   psgl-edge run net.psgl --data ward-1.npz --device ward-1            (a broker on this machine, port 1883)
 """
 
@@ -82,12 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    keep_freed_memory()
     bundle = load_bundle(arguments.bundle)
     dataset = load_dataset(arguments.data)
     if dataset.input_shape != bundle.manifest.input_shape:
         raise BatchError(
-            f"{arguments.data} has samples of shape {dataset.input_shape}, the bundle takes {bundle.manifest.input_shape}: "
-            "use the bundle that was exported for this data"
+            f"{arguments.data} has samples of shape {dataset.input_shape}, "
+            f"the bundle takes {bundle.manifest.input_shape}: use the bundle that was exported for this data"
         )
     if dataset.classes > len(bundle.manifest.classes):
         raise BatchError(f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}")

@@ -233,7 +233,7 @@ class EdgeClient:
 
         Args:
             x: (N, *input_shape) in [0, 1].
-            epsilon: perturbation budget in place of the bundle's. 0 sends unprotected activations: for measurements only.
+            epsilon: perturbation budget in place of the bundle's. 0 sends unprotected activations: to measure only.
 
         Raises:
             BatchError, RefusedError, TransportError: as in ``train_step``.

@@ -140,7 +140,8 @@ def run(command: Callable[[], int], *, debug: bool) -> int:
         if debug:
             raise
         print(
-            f"error: unexpected {type(exc).__name__}: {' '.join(str(exc).split())[:200]} (run again with --debug and report it)",
+            f"error: unexpected {type(exc).__name__}: {' '.join(str(exc).split())[:200]} "
+            "(run again with --debug and report it)",
             file=sys.stderr,
             flush=True,
         )

@@ -19,6 +19,7 @@ from edge_sdk.errors import BatchError, BundleError
 
 __all__ = ["Forward", "Front", "FrontState"]
 
+_INNER = ("f.", "r.")  # what the parts of a step hand on to each other: never looked at, so never copied
 Array = npt.NDArray[np.float32]
 
 
@@ -49,14 +50,14 @@ class Forward:
         perturbed: (N, *input_shape), the attacked input (the input itself where the profile has no perturbation).
         map: (N, *input_shape), the normalised perturbation, or None.
         guide: (N, K) logits of the guide, or None.
-        kept: of a training pass, what ``prepare`` and ``backward`` go on with.
+        kept: of a training pass, what ``prepare`` and ``backward`` go on with (arrays and onnxruntime's own values).
     """
 
     activations: Array = field(repr=False)
     perturbed: Array = field(repr=False)
     map: Array | None = field(repr=False)
     guide: Array | None = field(repr=False)
-    kept: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    kept: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def unperturbed(self) -> int:
@@ -83,7 +84,6 @@ class Front:
         self._options.intra_op_num_threads = threads
         self._options.inter_op_num_threads = 1
         self._options.log_severity_level = 3
-        self._options.enable_cpu_mem_arena = False
         self._sessions = {name: self._session(name) for name in bundle.graphs}
         self._inputs = {name: [i.name for i in s.get_inputs()] for name, s in self._sessions.items()}
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
@@ -182,7 +182,8 @@ class Front:
 
     def _run(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
         try:
-            values = self._sessions[name].run(None, {key: arrays[key] for key in self._inputs[name]})
+            feed = {key: _as_value(arrays[key]) for key in self._inputs[name]}
+            values = self._sessions[name].run_with_ort_values(None, feed)
         except KeyError as exc:
             raise BundleError(
                 f"the bundle's {name!r} graph wants an input {exc}, which this SDK does not know: upgrade psgl"
@@ -190,4 +191,11 @@ class Front:
         except Exception as exc:  # onnxruntime raises types of its own native module
             reason = str(exc).strip().splitlines()[0][:160]
             raise BatchError(f"the {name!r} graph refused its input ({reason})") from exc
-        return dict(zip(self._outputs[name], values, strict=True))
+        return {
+            key: value if key[:2] in _INNER else value.numpy()
+            for key, value in zip(self._outputs[name], values, strict=True)
+        }
+
+
+def _as_value(array: Any) -> Any:
+    return array if isinstance(array, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(array)

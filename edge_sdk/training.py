@@ -5,12 +5,8 @@ The device scores itself: labels of test samples never leave it, only counts do 
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +15,7 @@ from edge_sdk.batch import Samples, batches
 from edge_sdk.client import EdgeClient
 from edge_sdk.errors import WireError
 
-__all__ = ["Evaluation", "evaluate", "follow", "peak_rss_mb"]
+__all__ = ["Evaluation", "evaluate", "follow"]
 
 _INTERIM_SAMPLES = 256
 _COUNTS = ("samples", "fused", "guide_right", "guide_agreed", "guide_followed")
@@ -157,14 +153,3 @@ def follow(
         bytes_per_sample=client.bytes_per_sample,
         **final,
     )
-
-
-def peak_rss_mb() -> float:
-    """The largest resident memory of this process so far, in MB of 10^6 bytes."""
-    with contextlib.suppress(OSError, ValueError):
-        # getrusage would also count what the parent had before this program replaced it.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1.0 if sys.platform == "darwin" else 1024.0) / 1e6

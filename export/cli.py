@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     build = commands.add_parser(
         "build",
         help="export the reference network for the samples of a data file",
-        description="Fit a guide on the training samples of a data file and export the reference network for their shape. "
-        "Use samples that no device holds: a guide must never see what it perturbs.",
+        description="Fit a guide on the training samples of a data file and export the reference network for "
+        "their shape. Use samples that no device holds: a guide must never see what it perturbs.",
         epilog="examples:\n" + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -75,7 +75,7 @@ def check_parity(
         after[f"next.p.{name}"] = value.detach()
         slope = (value.grad if value.grad is not None else torch.zeros_like(value)).abs()
         if optimizer.kind == "adam":
-            # Adam's first step is the gradient's sign: where the gradient is no larger than rounding, so is any sign right.
+            # Adam's first step is the gradient's sign: where the gradient is mere rounding, any sign is right.
             steady[f"next.p.{name}"] = (slope > 1e-3 * slope.max()).numpy()
             after[f"next.s.{name}.m"] = stepper.state[value]["exp_avg"]
             after[f"next.s.{name}.v"] = stepper.state[value]["exp_avg_sq"]

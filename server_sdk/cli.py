@@ -13,12 +13,14 @@ from typing import Any
 from edge_sdk.bundle import load_bundle
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, require, run
 from edge_sdk.errors import ConfigError
+from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 
 __all__ = ["main"]
 
 _EXAMPLES = """\
-  psgl-server train net.psgl --devices 3 --rounds 300 --host broker.clinic.example --ca ca.pem --user trainer --password-file pw
+  psgl-server train net.psgl --devices 3 --rounds 300 --host broker.clinic.example --ca ca.pem \\
+      --user trainer --password-file pw
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first          (a broker on this machine, port 1883)
 """
 
@@ -117,6 +119,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from server_sdk.progress import RunDisplay, megabytes
     from server_sdk.service import TrainingPlan, TrainingService
 
+    keep_freed_memory(1 << 30)
     torch.set_num_threads(arguments.threads)
     if arguments.compute == "cuda" and not torch.cuda.is_available():
         raise ConfigError("this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch")

@@ -166,8 +166,9 @@ class TrainingService:
                 if self._round >= self._plan.rounds:
                     break
                 raise ServerError(
-                    f"no device said anything for {self._plan.idle_s:g} s and {self._round} of {self._plan.rounds} rounds "
-                    f"are done: start psgl-edge run on {self._plan.devices} devices in fleet {self._fleet!r}"
+                    f"no device said anything for {self._plan.idle_s:g} s and "
+                    f"{self._round} of {self._plan.rounds} rounds are done: "
+                    f"start psgl-edge run on {self._plan.devices} devices in fleet {self._fleet!r}"
                 )
             closed = self._rounds.close() if self._round < self._plan.rounds else None
             if closed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def test_batches_depend_on_seed_and_device_alone_and_cover_everything() -> None:
 
     assert draw(1, "a") == draw(1, "a")
     assert draw(1, "a") != draw(1, "b") and draw(1, "a") != draw(2, "a")
-    assert sorted(sum(draw(1, "a"), [])) == sorted(2 * list(range(10))), "two whole passes in five batches of four"
+    assert sorted(itertools.chain(*draw(1, "a"))) == sorted(2 * list(range(10))), (
+        "two whole passes in five batches of four"
+    )
 
 
 def test_shifts_move_whole_images_and_repeat_their_border() -> None:
