@@ -2,7 +2,8 @@
 
 Vanilla profile, batches of 64, 1x28x28, float32 on the wire, SGD on both sides; the network is
 ``server_sdk.reference.networks.step_network``. Every process has one thread. A step is one device's batch of 64, so two
-devices in a round make two steps.
+devices in a round make two steps. Chunks are 256 KiB; a full run measures the default of 64 KiB beside it
+(``.chunked_64k``).
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 
 from benchmarks.figures import options, print_figures, ratio
-from edge_sdk.batch import Samples
-from examples.quickstart.data import save_shard
+from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.front import Front
 from export.build import BuildOptions, build_bundle, class_names
 from export.graphs import Optimizer
 from server_sdk.broker import EmbeddedBroker
@@ -29,6 +32,7 @@ __all__ = ["main"]
 _BATCH = 64
 _RATE = 0.05
 _WARM_UP = 20
+_CHUNK = 262_144
 
 
 def main() -> int:
@@ -36,17 +40,19 @@ def main() -> int:
     parser = options("step", __doc__.split("\n")[0])
     parser.add_argument("--broker", choices=("auto", "mosquitto", "amqtt"), default="auto")
     parser.add_argument("--codec", choices=("float32", "float16"), default="float32", help="default: %(default)s")
-    parser.add_argument("--chunk-bytes", type=int, default=65536, help="default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pairs, rounds = (2, 120) if arguments.quick else (5, 300)
     generator = np.random.default_rng(0)
     samples = Samples(generator.integers(0, 256, (512, 1, 28, 28), dtype=np.uint8), np.arange(512) % 10)
-    speeds: dict[str, list[float]] = {"in_process": [], "one_device": [], "two_devices": []}
+    fleets = {"one_device": (1, _CHUNK), "two_devices": (2, _CHUNK)}
+    if not arguments.quick:
+        fleets |= {f"{name}.chunked_64k": (devices, 65536) for name, (devices, _) in fleets.items()}
+    speeds: dict[str, list[float]] = {"in_process": [], **{name: [] for name in fleets}}
     with tempfile.TemporaryDirectory() as folder, EmbeddedBroker(arguments.broker) as broker:
         root = Path(folder)
         shard = root / "shard.npz"
-        save_shard(shard, samples, samples.take(np.arange(_BATCH)))
+        save_dataset(shard, samples, samples.take(np.arange(_BATCH)))
         model = ModelSpec("server_sdk.reference.networks:step_network", {"classes": 10}, "pool2")
         built = build_bundle(
             root / "net.psgl",
@@ -60,9 +66,11 @@ def main() -> int:
             ),
             None,
         )
+        parts = _parts_ms(load_bundle(built.bundle))
         for pair in range(pairs):
             speeds["in_process"].append(_in_process(samples, rounds))
-            for name, devices in (("one_device", 1), ("two_devices", 2)):
+            for name, (devices, chunk) in fleets.items():
+                wire = ("--codec", arguments.codec, "--chunk-bytes", str(chunk))
                 fleet = FleetOptions(
                     root / f"{name}-{pair}",
                     built.bundle,
@@ -70,18 +78,40 @@ def main() -> int:
                     server=(
                         *("--rounds", str(rounds), "--batch", str(_BATCH), "--evaluate-every", "0"),
                         *("--optimizer", "sgd", "--learning-rate", str(_RATE)),
-                        *("--codec", arguments.codec, "--chunk-bytes", str(arguments.chunk_bytes)),
+                        *wire,
                     ),
-                    device=("--codec", arguments.codec, "--chunk-bytes", str(arguments.chunk_bytes)),
+                    device=wire,
                 )
                 speeds[name].append(devices * _rounds_a_second(fleet, broker))
-    figures = {
-        f"step.{name}_vs_in_process": ratio(speeds[name], speeds["in_process"])
-        for name in ("one_device", "two_devices")
-    }
-    figures |= {f"step.{name}_steps_s": float(np.median(values)) for name, values in speeds.items()}
+    figures = {}
+    for name in fleets:
+        kind, _, suffix = name.partition(".")
+        figures[f"step.{kind}_vs_in_process{'.' + suffix if suffix else ''}"] = ratio(
+            speeds[name], speeds["in_process"]
+        )
+    figures |= {f"step.{name}_steps_s": median(values) for name, values in speeds.items()}
+    figures |= parts
     print_figures(figures, speeds, as_json=arguments.json)
     return 0
+
+
+def _parts_ms(bundle: Bundle) -> dict[str, float]:
+    """Median milliseconds of the three parts of a step on the device, in a process of nothing else."""
+    front = Front(bundle)
+    state = front.initial_state()
+    x = np.random.default_rng(0).random((_BATCH, *bundle.manifest.input_shape), dtype=np.float32)
+    times: dict[str, list[float]] = {"train": [], "prepare": [], "backward": []}
+    for _ in range(60):
+        stamps = [time.perf_counter()]
+        forward = front.forward(state, x, None, training=True)
+        stamps.append(time.perf_counter())
+        prepared = front.prepare(state, forward)
+        stamps.append(time.perf_counter())
+        front.backward(state, prepared, np.ones_like(forward.activations), rate=_RATE)
+        stamps.append(time.perf_counter())
+        for name, begin, end in zip(times, stamps, stamps[1:], strict=False):
+            times[name].append(1000 * (end - begin))
+    return {f"step.{name}_ms": median(values[10:]) for name, values in times.items()}
 
 
 def _in_process(samples: Samples, steps: int) -> float:

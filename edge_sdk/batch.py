@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edge_sdk.errors import BatchError
 
-__all__ = ["Dataset", "Samples", "as_batch", "as_labels", "batches", "load_dataset"]
+__all__ = ["Dataset", "Samples", "as_batch", "as_labels", "batches", "load_dataset", "save_dataset"]
 
 _NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -196,6 +196,20 @@ def load_dataset(path: str | Path) -> Dataset:
         note = f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
         dataset = Dataset(grown[0], grown[1], classes, (note,))
     return dataset
+
+
+def save_dataset(path: str | Path, train: Samples, test: Samples) -> None:
+    """Write a data file that ``load_dataset`` reads.
+
+    Raises:
+        BatchError: the disk refuses.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, x_train=train.x, y_train=train.y, x_test=test.x, y_test=test.y)
+    except OSError as exc:
+        raise BatchError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def _read(path: Path) -> list[npt.NDArray[Any]]:

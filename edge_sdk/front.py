@@ -84,6 +84,8 @@ class Front:
         self._options.intra_op_num_threads = threads
         self._options.inter_op_num_threads = 1
         self._options.log_severity_level = 3
+        # Four arenas that grow by doubling cost more memory than the allocator's own reuse (see edge_sdk/memory.py).
+        self._options.enable_cpu_mem_arena = False
         self._sessions = {name: self._session(name) for name in bundle.graphs}
         self._inputs = {name: [i.name for i in s.get_inputs()] for name, s in self._sessions.items()}
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}

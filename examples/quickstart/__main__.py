@@ -14,9 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from edge_sdk.batch import save_dataset
 from edge_sdk.console import new_parser, run
 from edge_sdk.errors import ConfigError
-from examples.quickstart.data import Division, divide, load, save_shard
+from examples.quickstart.data import Division, divide, load
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
 from server_sdk.progress import RunDisplay
@@ -93,7 +94,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         for profile in ("vanilla", "paper"):
             shutil.rmtree(out / profile, ignore_errors=True)
         for number, (train, test) in enumerate(division.shards, start=1):
-            save_shard(out / "data" / f"device-{number}.npz", train, test)
+            save_dataset(out / "data" / f"device-{number}.npz", train, test)
     except OSError as exc:
         raise ConfigError(f"{out} cannot be written: {exc.strerror or exc}") from exc
     with EmbeddedBroker(arguments.broker, arguments.port) as broker:

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from edge_sdk.batch import Dataset, Samples, load_dataset
 from edge_sdk.errors import BatchError
 
-__all__ = ["Division", "divide", "load", "save_shard"]
+__all__ = ["Division", "divide", "load"]
 
 _GUIDE_SHARE = 0.2
 _TEST_SHARE = 0.2
@@ -59,12 +59,6 @@ def divide(name: str, data: Dataset, devices: int, seed: int) -> Division:
     train, guide = _split(data.train, _GUIDE_SHARE, seed)
     shards = zip(_shards(train, devices, seed), _shards(data.test, devices, seed), strict=True)
     return Division(name, data.notes, data.classes, guide, tuple(shards))
-
-
-def save_shard(path: Path, train: Samples, test: Samples) -> None:
-    """Write one device's file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, x_train=train.x, y_train=train.y, x_test=test.x, y_test=test.y)
 
 
 def _split(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_sdk.batch import Samples, as_batch, as_labels, batches, load_dataset
+from edge_sdk.batch import Samples, as_batch, as_labels, batches, load_dataset, save_dataset
 from edge_sdk.errors import BatchError
 
 SHAPE = (1, 4, 4)
@@ -160,3 +160,13 @@ def test_a_single_array_is_not_a_data_file(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(BatchError, match="single array"):
         load_dataset(tmp_path / "one.npy")
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    part = Samples(np.arange(4 * 64, dtype=np.uint8).reshape(4, 1, 8, 8), np.array([0, 1, 1, 0]))
+    save_dataset(tmp_path / "folder" / "x.npz", part, part)
+    back = load_dataset(tmp_path / "folder" / "x.npz")
+    assert np.array_equal(back.train.x, part.x) and np.array_equal(back.test.y, part.y)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BatchError, match="cannot be written"):
+        save_dataset(tmp_path / "file" / "x.npz", part, part)
