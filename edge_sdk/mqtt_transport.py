@@ -12,6 +12,7 @@ import queue
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +33,7 @@ _OVERHEAD_BYTES = 64  # header, packet id and properties of a PUBLISH
 _FRUITLESS = 3
 
 
-class MqttTransport:
+class MqttTransport(ABC):
     """A :class:`~edge_sdk.transport.Transport` over a client library: the base of ``PahoTransport``."""
 
     def __init__(self, connection: Connection, client_id: str) -> None:
@@ -61,8 +62,9 @@ class MqttTransport:
         self._window = _WINDOW
         self._max_packet_bytes = connection.max_packet_bytes
 
+    @abstractmethod
     def _new_link(self, plan: Plan) -> Link:
-        raise NotImplementedError
+        """The client library for one way to connect."""
 
     @property
     def generation(self) -> int:
