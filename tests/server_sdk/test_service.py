@@ -239,6 +239,31 @@ def test_steps_after_the_last_round_are_told_so(served: Any) -> None:
     assert trainer.round == 2
 
 
+def test_each_device_gets_its_own_part_of_the_gradient(built: dict[str, Any]) -> None:
+    broker, plan = MemoryBroker(), TrainingPlan(devices=2, rounds=1, idle_s=20, codec="float32")
+    bundle = built["vanilla"].bundle
+    service = TrainingService(bundle, built["vanilla"].trainer(1), MemoryTransport(broker, "s"), plan, fleet="ward")
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    generator = np.random.default_rng(0)
+    sent: dict[str, tuple[Any, Any]] = {}
+    devices = {name: Device(broker, built["vanilla"], name) for name in ("z", "a")}
+    for size, (name, device) in zip((3, 5), devices.items(), strict=True):
+        activations = generator.random((size, *bundle.manifest.cut_shape), dtype=np.float32)
+        sent[name] = (activations, generator.integers(0, 3, size))
+        tensors = {"activations": activations, "labels": sent[name][1]}
+        for frame in encode(Message("train", device.run, "s", 1, {"front": 0}, tensors)):
+            device.transport.publish(topics.up_step("ward", name), frame)
+    got = {name: device.receive().tensors["gradient"] for name, device in devices.items()}
+    both = [np.concatenate([sent[name][part] for name in ("a", "z")]) for part in (0, 1)]
+    expected = built["vanilla"].trainer(1).step(*both).gradient
+    assert np.array_equal(got["a"], expected[:5]) and np.array_equal(got["z"], expected[5:])
+    for device in devices.values():
+        device.tell("done")
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> None:
     plan = TrainingPlan(devices=2, rounds=2, idle_s=0.2)
     service = TrainingService(
