@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -45,6 +46,7 @@ def print_figures(figures: Mapping[str, float], samples: Mapping[str, Sequence[f
                 {
                     "figures": {name: round(value, 4) for name, value in figures.items()},
                     "command": "python -m " + " ".join(["benchmarks." + _module(), *sys.argv[1:]]),
+                    "date": datetime.now(UTC).date().isoformat(),
                     "machine": machine,
                     "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
                 }

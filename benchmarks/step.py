@@ -72,7 +72,7 @@ def main() -> int:
             for name, (devices, chunk) in fleets.items():
                 wire = ("--codec", arguments.codec, "--chunk-bytes", str(chunk))
                 fleet = FleetOptions(
-                    root / f"{name}-{pair}",
+                    root / f"{name.replace('.', '-')}-{pair}",
                     built.bundle,
                     (shard,) * devices,
                     server=(

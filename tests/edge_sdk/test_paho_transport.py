@@ -533,39 +533,6 @@ def test_only_the_network_thread_writes_to_the_socket(monkeypatch: pytest.Monkey
 # ---------------------------------------------------------------- TLS
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ca, broker and client certificates, and another authority that signed nothing."""
-    directory = tmp_path_factory.mktemp("ca")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    for name in ("ca", "stranger"):
-        openssl(
-            "req",
-            "-x509",
-            *key,
-            "-days",
-            "1",
-            "-subj",
-            f"/CN={name}",
-            "-keyout",
-            f"{name}.key",
-            "-out",
-            f"{name}.pem",
-        )
-    (directory / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-    for name in ("broker", "client"):
-        openssl("req", "-new", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-extfile", "names")
-        openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.pem")
-    for path in (*directory.iterdir(), directory, directory.parent, directory.parent.parent):
-        path.chmod(0o755)  # the broker reads them as another user
-    return directory
-
-
 @pytest.fixture
 def tls_port(authority: Path) -> Iterator[int]:
     port = free_port()

@@ -20,7 +20,7 @@ from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.transport import Connection
 from edge_sdk.wire import Message, encode
 from server_sdk.assembly import back_path
-from server_sdk.broker import EmbeddedBroker
+from server_sdk.broker import EmbeddedBroker, find_mosquitto
 
 Draw = Callable[[int, int], Samples]
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +96,43 @@ def test_server_and_device_train_together_while_hostile_bytes_arrive(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["torch_loaded"] is False and report["steps"] == 10
     assert (tmp_path / "server" / "server.safetensors").exists() and (tmp_path / "front.cbor").exists()
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+@pytest.mark.skipif(
+    not (shutil.which("openssl") and shutil.which("mosquitto_passwd")), reason="openssl or mosquitto_passwd is missing"
+)
+def test_tls_certificates_users_and_passwords_of_both_sides(
+    built: dict[str, Any], data: Path, tmp_path: Path, authority: Path
+) -> None:
+    users = authority / "users"
+    users.touch()
+    for user in ("trainer", "ward-1"):
+        subprocess.run(["mosquitto_passwd", "-b", str(users), user, f"secret-{user}"], check=True, capture_output=True)
+        (tmp_path / user).write_text(f"secret-{user}\n")
+    users.chmod(0o644)
+    with EmbeddedBroker() as spare:
+        port = spare.port
+    secured = (
+        *(f"listener {port} 127.0.0.1", "allow_anonymous false"),
+        *(f"password_file {users}", f"cafile {authority}/ca.pem", "require_certificate true"),
+        *(f"certfile {authority}/broker.pem", f"keyfile {authority}/broker.key"),
+    )
+    certificates = ("--ca", authority / "ca.pem", "--cert", authority / "client.pem", "--key", authority / "client.key")
+
+    def login(user: str, password_of: str) -> tuple[object, ...]:
+        return ("--port", port, *certificates, "--user", user, "--password-file", tmp_path / password_of)
+
+    bundle = built["vanilla"].path
+    device = ("edge_sdk.cli", "run", bundle, "--data", data, "--device", "ward-1")
+    with EmbeddedBroker("mosquitto", options=secured):
+        assert "correct user and password" in one_line(run(*device, *login("ward-1", "trainer")))
+        train = ("--rounds", 3, "--batch", 8, "--out", tmp_path / "out", "--json")
+        server = start("server_sdk.cli", "train", bundle, *train, *login("trainer", "trainer"))
+        trained = run(*device, *login("ward-1", "ward-1"))
+        _, err = server.communicate(timeout=30)
+    assert trained.returncode == 0, trained.stderr
+    assert server.returncode == 0, err
 
 
 def test_a_device_with_another_shape_or_bundle(
