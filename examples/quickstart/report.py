@@ -116,4 +116,4 @@ def print_report(console: Console, result: Result, out: Path) -> None:
         f"{result['bytes_per_sample']:,.0f} bytes of activations a sample.",
         highlight=False,
     )
-    console.print(f"figure   {out / 'figure.png'}\nfigures  {out / 'result.json'}", highlight=False, soft_wrap=True)
+    console.print(f"picture  {out / 'figure.png'}\nfigures  {out / 'result.json'}", highlight=False, soft_wrap=True)
