@@ -132,6 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
         report = {
             "name": arguments.device,
             "steps": client.steps,
+            "unperturbed": client.unperturbed,
             "resent": client.traffic.resent,
             "bytes_sent": client.traffic.bytes_sent,
             "bytes_received": client.traffic.bytes_received,

@@ -110,6 +110,7 @@ class EdgeClient:
             give_up_s=give_up_s,
         )
         self.steps = 0
+        self.unperturbed = 0
         self._trained_samples = 0
         self._trained_bytes = 0
 
@@ -225,6 +226,7 @@ class EdgeClient:
         self._state.finish(outbox.step, after)
         self.steps += 1
         self._trained_samples += len(batch)
+        self.unperturbed += forward.unperturbed
         self._trained_bytes += sum(map(len, outbox.frames))
         return TrainStep(outbox.step, int(reply.fields["round"]), float(reply.fields["loss"]), resent)
 

@@ -35,11 +35,6 @@ class FrontState:
     version: int
     tensors: Mapping[str, npt.NDArray[Any]] = field(repr=False)
 
-    @property
-    def parameters(self) -> dict[str, npt.NDArray[Any]]:
-        """The trained parameters by their torch names."""
-        return {name[2:]: value for name, value in self.tensors.items() if name.startswith("p.")}
-
 
 @dataclass(frozen=True)
 class Forward:

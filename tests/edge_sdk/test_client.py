@@ -87,6 +87,7 @@ def test_a_step_sends_activations_and_takes_the_gradient(profile: str, built: di
     assert [m.kind for m in seen] == ["train"] and np.array_equal(seen[0].tensors["labels"], batch.y)
     assert seen[0].tensors["activations"].shape == (6, *built[profile].bundle.manifest.cut_shape)
     assert client.front.version == 1
+    assert client.unperturbed == (6 if profile == "vanilla" else 0)
     assert not np.array_equal(client.front.tensors["p.conv1.weight"], before.tensors["p.conv1.weight"])
     assert client.state.pending is None and client.bytes_per_sample > 0
 
