@@ -27,7 +27,7 @@ from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
 from server_sdk.reference.networks import step_network
 from server_sdk.reference.specification import ModelSpec
 
-__all__ = ["main"]
+__all__ = ["main", "prepare", "rounds_a_second", "server_options"]
 
 _BATCH = 64
 _RATE = 0.05
@@ -43,46 +43,26 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pairs, rounds = (2, 120) if arguments.quick else (5, 300)
-    generator = np.random.default_rng(0)
-    samples = Samples(generator.integers(0, 256, (512, 1, 28, 28), dtype=np.uint8), np.arange(512) % 10)
     fleets = {"one_device": (1, _CHUNK), "two_devices": (2, _CHUNK)}
     if not arguments.quick:
         fleets |= {f"{name}.chunked_64k": (devices, 65536) for name, (devices, _) in fleets.items()}
     speeds: dict[str, list[float]] = {"in_process": [], **{name: [] for name in fleets}}
     with tempfile.TemporaryDirectory() as folder, EmbeddedBroker(arguments.broker) as broker:
         root = Path(folder)
-        shard = root / "shard.npz"
-        save_dataset(shard, samples, samples.take(np.arange(_BATCH)))
-        model = ModelSpec("server_sdk.reference.networks:step_network", {"classes": 10}, "pool2")
-        built = build_bundle(
-            root / "net.psgl",
-            BuildOptions(
-                "vanilla",
-                (1, 28, 28),
-                class_names(10),
-                optimizer=Optimizer("sgd", learning_rate=_RATE),
-                model=model,
-                downsample=1,
-            ),
-            None,
-        )
-        parts = _parts_ms(load_bundle(built.bundle))
+        bundle, shard, samples = prepare(root)
+        parts = _parts_ms(load_bundle(bundle))
         for pair in range(pairs):
             speeds["in_process"].append(_in_process(samples, rounds))
             for name, (devices, chunk) in fleets.items():
                 wire = ("--codec", arguments.codec, "--chunk-bytes", str(chunk))
                 fleet = FleetOptions(
                     root / f"{name.replace('.', '-')}-{pair}",
-                    built.bundle,
+                    bundle,
                     (shard,) * devices,
-                    server=(
-                        *("--rounds", str(rounds), "--batch", str(_BATCH), "--evaluate-every", "0"),
-                        *("--optimizer", "sgd", "--learning-rate", str(_RATE)),
-                        *wire,
-                    ),
+                    server=(*server_options(rounds), *wire),
                     device=wire,
                 )
-                speeds[name].append(devices * _rounds_a_second(fleet, broker))
+                speeds[name].append(devices * rounds_a_second(fleet, broker))
     figures = {}
     for name in fleets:
         kind, _, suffix = name.partition(".")
@@ -93,6 +73,43 @@ def main() -> int:
     figures |= parts
     print_figures(figures, speeds, as_json=arguments.json)
     return 0
+
+
+def prepare(folder: Path) -> tuple[Path, Path, Samples]:
+    """Write the bundle, with the back's weights beside it, and one device's data.
+
+    Returns:
+        Path of the bundle, path of the data file, and its 512 training samples.
+    """
+    generator = np.random.default_rng(0)
+    samples = Samples(generator.integers(0, 256, (512, 1, 28, 28), dtype=np.uint8), np.arange(512) % 10)
+    shard = folder / "shard.npz"
+    save_dataset(shard, samples, samples.take(np.arange(_BATCH)))
+    model = ModelSpec("server_sdk.reference.networks:step_network", {"classes": 10}, "pool2")
+    sgd = Optimizer("sgd", learning_rate=_RATE)
+    built = build_bundle(
+        folder / "net.psgl",
+        BuildOptions("vanilla", (1, 28, 28), class_names(10), optimizer=sgd, model=model, downsample=1),
+        None,
+    )
+    return built.bundle, shard, samples
+
+
+def server_options(rounds: int) -> tuple[str, ...]:
+    """Arguments of ``psgl-server train`` for so many rounds of batches of 64."""
+    return (
+        *("--rounds", str(rounds), "--batch", str(_BATCH), "--evaluate-every", "0"),
+        *("--optimizer", "sgd", "--learning-rate", str(_RATE)),
+    )
+
+
+def rounds_a_second(fleet: FleetOptions, broker: EmbeddedBroker) -> float:
+    """Run a fleet to its end; the first 20 rounds do not count."""
+    times: list[float] = []
+    for event in run_fleet(fleet, broker, FleetRun()):
+        if event["event"] == "round":
+            times.append(float(event["at_s"]))
+    return (len(times) - 1 - _WARM_UP) / (times[-1] - times[_WARM_UP])
 
 
 def _parts_ms(bundle: Bundle) -> dict[str, float]:
@@ -129,14 +146,6 @@ def _in_process(samples: Samples, steps: int) -> float:
         torch.autograd.backward(loss)
         optimizer.step()
     return steps / (time.perf_counter() - began)
-
-
-def _rounds_a_second(fleet: FleetOptions, broker: EmbeddedBroker) -> float:
-    times: list[float] = []
-    for event in run_fleet(fleet, broker, FleetRun()):
-        if event["event"] == "round":
-            times.append(float(event["at_s"]))
-    return (len(times) - 1 - _WARM_UP) / (times[-1] - times[_WARM_UP])
 
 
 if __name__ == "__main__":

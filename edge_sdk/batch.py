@@ -11,6 +11,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from edge_sdk.errors import BatchError
 
-__all__ = ["Dataset", "Samples", "as_batch", "as_labels", "batches", "load_dataset", "save_dataset"]
+__all__ = ["Dataset", "Samples", "as_batch", "as_labels", "batches", "load_dataset", "save_dataset", "shuffled"]
 
 _NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -126,7 +127,9 @@ def as_labels(y: npt.ArrayLike, count: int, classes: int) -> npt.NDArray[np.int6
     return labels.astype(np.int64)
 
 
-def batches(samples: Samples, batch_size: int, *, seed: int, device: str, shift: int = 0) -> Iterator[Samples]:
+def batches(
+    samples: Samples, batch_size: int, *, seed: int, device: str, shift: int = 0, skip: int = 0
+) -> Iterator[Samples]:
     """Endless full batches in an order that depends on the seed and the device alone.
 
     Every pass over the samples draws a new permutation; a batch may span two passes.
@@ -137,22 +140,33 @@ def batches(samples: Samples, batch_size: int, *, seed: int, device: str, shift:
         seed: of order and shifts, together with the device's name.
         device: the device's name.
         shift: move each image by up to this many pixels along each axis (augmentation), repeating its border.
+        skip: leave out the first of these batches, to go on where a device stopped.
     """
-    key = np.frombuffer(device.encode(), dtype=np.uint8)
-    generator = np.random.default_rng([seed, *key.tolist()])
+    generator = _generator(seed, device)
+    axes = samples.x.ndim - 2
     order = np.empty(0, dtype=np.int64)
-    while True:
+    for number in count():
         while len(order) < batch_size:
             order = np.concatenate([order, generator.permutation(len(samples))])
-        batch = samples.take(order[:batch_size])
-        order = order[batch_size:]
-        yield replace(batch, x=_shifted(batch.x, shift, generator)) if shift else batch
+        index, order = order[:batch_size], order[batch_size:]
+        offsets = generator.integers(0, 2 * shift + 1, (batch_size, axes)) if shift else None
+        if number >= skip:
+            batch = samples.take(index)
+            yield batch if offsets is None else replace(batch, x=_shifted(batch.x, shift, offsets))
 
 
-def _shifted(x: npt.NDArray[Any], by: int, generator: np.random.Generator) -> npt.NDArray[Any]:
+def shuffled(samples: Samples, *, seed: int, device: str) -> Samples:
+    """Every sample once, in an order that depends on the seed and the device alone."""
+    return samples.take(_generator(seed, device).permutation(len(samples)))
+
+
+def _generator(seed: int, device: str) -> np.random.Generator:
+    return np.random.default_rng([seed, *device.encode()])
+
+
+def _shifted(x: npt.NDArray[Any], by: int, offsets: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     axes = x.shape[2:]
     grown = np.pad(x, ((0, 0), (0, 0), *((by, by) for _ in axes)), mode="edge")
-    offsets = generator.integers(0, 2 * by + 1, (len(x), len(axes)))
     cut = [tuple(slice(start, start + size) for start, size in zip(row, axes, strict=True)) for row in offsets]
     return np.stack([image[(slice(None), *window)] for image, window in zip(grown, cut, strict=True)])
 

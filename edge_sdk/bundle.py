@@ -36,7 +36,13 @@ _FORMAT = "psgl-bundle"
 _MAX_FILES = 32
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_FILE_BYTES = 128 << 20
+_MAX_BUNDLE_BYTES = 256 << 20
+_MAX_DIRECTORY_BYTES = 16 << 10
+_END_BYTES = 42  # a zip file's last record, and before it the mark that only a large one has
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # an LZMA header alone can ask for 4 GiB
+# What zipfile raises, by design or not, on bytes that are no archive.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 _GRAPHS = ("train", "infer", "prepare", "backward")
 
 
@@ -111,6 +117,8 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
             raise BundleError(
                 f"{name!r} cannot be part of a bundle: short lower-case names, at most {_MAX_FILE_BYTES} bytes"
             )
+    if sum(map(len, files.values())) + _MAX_MANIFEST_BYTES > _MAX_BUNDLE_BYTES:
+        raise BundleError(f"a bundle holds at most {_MAX_BUNDLE_BYTES} bytes in all: choose smaller front layers")
     for needed in (*(f"{graph}.onnx" for graph in _GRAPHS), INITIAL):
         if needed not in files:
             raise BundleError(f"a bundle needs {needed}")
@@ -152,12 +160,13 @@ def load_bundle(path: str | Path) -> Bundle:
     path = Path(path)
     remedy = "export it again with psgl-export build, or copy it again"
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             text, document, contents = _read(archive, path)
     except FileNotFoundError as exc:
         raise BundleError(f"there is no bundle at {path}: make one with psgl-export build") from exc
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
-        raise BundleError(f"{path} is not a whole bundle ({exc}): {remedy}") from exc
+    except _DAMAGE as exc:
+        raise BundleError(f"{path} is not a whole bundle ({_short(exc)}): {remedy}") from exc
     except OSError as exc:
         raise BundleError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     manifest = _parse(document, path)
@@ -175,13 +184,29 @@ def _bundle_id(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()[:32]
 
 
+def _short(value: object) -> str:
+    return " ".join(str(value).split())[:200]
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a long list of files before ``zipfile`` reads it; a zip file ends with that list's size."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        end = file.read(_END_BYTES)
+    large = end[:4] == b"PK\6\7"  # the mark of an archive beyond 4 GiB
+    if large or end[-22:-18] != b"PK\5\6" or int.from_bytes(end[-10:-6], "little") > _MAX_DIRECTORY_BYTES:
+        raise zipfile.BadZipFile("it does not end with a short list of files")
+
+
 def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) != len(archive.infolist()) or len(entries) > _MAX_FILES or MANIFEST not in entries:
         raise BundleError(f"{path} is not a bundle: it needs one {MANIFEST} and at most {_MAX_FILES} files")
-    for name in entries:
+    for name, entry in entries.items():
+        if entry.compress_type not in _METHODS:
+            raise BundleError(f"{path}: {name[:80]!r} is compressed in a way that no bundle is: do not use it")
         if not _NAME.fullmatch(name):
-            raise BundleError(f"{path} holds a file with the name {name!r}, which no bundle has: do not use it")
+            raise BundleError(f"{path} holds a file with the name {name[:80]!r}, which no bundle has: do not use it")
     text = _unpack(archive, entries[MANIFEST], _MAX_MANIFEST_BYTES, path)
     try:
         document = json.loads(text)
@@ -191,8 +216,8 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
         raise BundleError(f"{path} is not a bundle of this SDK: make one with psgl-export build")
     if document.get("version") != FORMAT_VERSION:
         raise BundleError(
-            f"{path} is a bundle of version {document.get('version')!r}, this SDK reads version {FORMAT_VERSION}: "
-            "export it again with the psgl-export of this version, or upgrade psgl on this machine"
+            f"{path} is a bundle of version {_short(repr(document.get('version')))}, this SDK reads version "
+            f"{FORMAT_VERSION}: export it again with the psgl-export of this version, or upgrade psgl on this machine"
         )
     files = document.get("files")
     if not isinstance(files, dict) or set(files) != set(entries) - {MANIFEST}:
@@ -200,10 +225,13 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
     for needed in (*(f"{graph}.onnx" for graph in _GRAPHS), INITIAL):
         if needed not in files:
             raise BundleError(f"{path} lacks {needed}: export it again")
+    total = sum(entry.file_size for entry in entries.values())
+    if total > _MAX_BUNDLE_BYTES:
+        raise BundleError(f"{path} declares {total} bytes in all, the limit is {_MAX_BUNDLE_BYTES}: do not use it")
     contents = {}
     for name, stated in files.items():
         data = _unpack(archive, entries[name], _MAX_FILE_BYTES, path)
-        if not isinstance(stated, dict) or stated.get("sha256") != hashlib.sha256(data).hexdigest():
+        if stated != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}:
             raise BundleError(f"{path}: {name} was changed after export: copy or export the bundle again")
         contents[name] = data
     return text, document, contents
@@ -226,7 +254,7 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
         manifest = Manifest(
             profile=_text(document["profile"]),
             input_shape=_shape(document["input_shape"]),
-            classes=tuple(_text(name) for name in document["classes"]),
+            classes=tuple(_text(name) for name in _list(document["classes"])),
             cut_shape=_shape(document["cut_shape"]),
             optimizer=_text(document["optimizer"]),
             learning_rate=_number(document["learning_rate"]),
@@ -234,11 +262,11 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
             epsilon=_number(document["epsilon"]),
             perturb_towards=_text(document["perturb_towards"]),
             max_batch=_count(document["max_batch"]),
-            server=dict(document["server"]),
-            versions=dict(document["versions"]),
+            server=_map(document["server"]),
+            versions=_map(document["versions"]),
         )
     except (KeyError, TypeError, ValueError) as exc:
-        raise BundleError(f"{path}: {MANIFEST} is incomplete ({exc}): export the bundle again") from exc
+        raise BundleError(f"{path}: {MANIFEST} is incomplete ({_short(exc)}): export the bundle again") from exc
     if len(manifest.classes) < 2:
         raise BundleError(f"{path}: a bundle needs at least two classes: export it again")
     return manifest
@@ -247,6 +275,18 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
+    return value
+
+
+def _map(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not a map")
     return value
 
 

@@ -12,10 +12,10 @@ import cbor2
 from edge_sdk.errors import WireError
 from edge_sdk.limits import Limits
 
-__all__ = ["check", "dumps", "loads"]
+__all__ = ["check", "dumps", "loads", "peek"]
 
 _NO_TAGS: frozenset[int] = frozenset()
-_BYTES, _TEXT, _ARRAY, _MAP, _TAG, _OTHER = 2, 3, 4, 5, 6, 7
+_UNSIGNED, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _OTHER = 0, 2, 3, 4, 5, 6, 7
 _SIMPLE = (20, 21, 22)  # false, true, null
 _FLOATS = (25, 26, 27)  # half, single, double
 
@@ -77,22 +77,10 @@ def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
         if budget <= 0:
             raise WireError("limit", f"more than max_items={limits.max_items} CBOR items: raise the limit or send less")
         budget -= 1
-        if position >= end:
-            raise _truncated(position)
-        major, info = data[position] >> 5, data[position] & 31
-        position += 1
-        value = info
-        if info >= 24:
-            if info > 27:
-                what = "indefinite lengths are not allowed" if info == 31 else "reserved length"
-                raise WireError("cbor", f"not valid CBOR here: {what} at byte {position - 1}")
-            width = 1 << (info - 24)
-            if position + width > end:
-                raise _truncated(position)
-            value = int.from_bytes(data[position : position + width], "big")
-            position += width
+        start = position
+        major, info, value, position = _head(data, start)
         if is_key and major != _TEXT:
-            raise WireError("cbor", f"not valid CBOR here: a map key must be text, at byte {position - 1}")
+            raise WireError("cbor", f"not valid CBOR here: a map key must be text, at byte {start}")
         if major < _BYTES:
             continue
         if major in (_BYTES, _TEXT):
@@ -103,7 +91,7 @@ def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
             position += value
         elif major == _OTHER:
             if info not in _SIMPLE and info not in _FLOATS:
-                raise WireError("cbor", f"not valid CBOR here: simple value {value} at byte {position - 1}")
+                raise WireError("cbor", f"not valid CBOR here: simple value {value} at byte {start}")
         else:
             if major == _TAG:
                 if value not in tags:
@@ -117,6 +105,81 @@ def check(data: bytes, limits: Limits, tags: frozenset[int] = _NO_TAGS) -> None:
             remaining, in_map = value, major == _MAP
     if position != end:
         raise WireError("trailing", f"{end - position} bytes behind the end of the message")
+
+
+def peek(data: bytes, names: frozenset[str], limits: Limits) -> dict[str, int | str]:
+    """Read single values of a map that may hold anything else, building nothing but them.
+
+    This is for messages of other protocol versions: unknown keys, types and tags are stepped over, never decoded.
+
+    Args:
+        data: the encoded map, of definite length; what follows it is not looked at.
+        names: keys to look for, in the outermost map alone.
+        limits: ``max_items`` bounds the walk whatever lengths are declared, ``max_text_bytes`` the values.
+
+    Returns:
+        The values that are unsigned integers or text. Not in it: names that occur twice, and all that lies behind
+        damage or beyond the limits.
+    """
+    found: dict[str, list[int | str | None]] = {}
+    try:
+        major, _, pairs, position = _head(data, 0)
+        budget = limits.max_items if major == _MAP else 0
+        for _ in range(min(pairs, budget)):
+            name = _scalar(data, position, limits)
+            position, budget = _skip(data, position, budget)
+            start = position
+            position, budget = _skip(data, position, budget)
+            if isinstance(name, str) and name in names:
+                found.setdefault(name, []).append(_scalar(data, start, limits))
+    except WireError:
+        pass  # what was read before the damage still tells who spoke
+    return {name: value for name, (value, *more) in found.items() if value is not None and not more}
+
+
+def _head(data: bytes, position: int) -> tuple[int, int, int, int]:
+    """Major type, additional information, argument and the position behind them."""
+    if position >= len(data):
+        raise _truncated(position)
+    major, info = data[position] >> 5, data[position] & 31
+    position += 1
+    if info < 24:
+        return major, info, info, position
+    if info > 27:
+        what = "indefinite lengths are not allowed" if info == 31 else "reserved length"
+        raise WireError("cbor", f"not valid CBOR here: {what} at byte {position - 1}")
+    behind = position + (1 << (info - 24))
+    if behind > len(data):
+        raise _truncated(position)
+    return major, info, int.from_bytes(data[position:behind], "big"), behind
+
+
+def _skip(data: bytes, position: int, budget: int) -> tuple[int, int]:
+    """The position behind an item (as it is declared), and what is left of the budget of items."""
+    remaining = 1
+    while remaining:
+        if budget <= 0:
+            raise WireError("limit", "more CBOR items than the limit")
+        budget, remaining = budget - 1, remaining - 1
+        major, _, value, position = _head(data, position)
+        if major in (_BYTES, _TEXT):
+            position += value
+        elif major in (_ARRAY, _MAP, _TAG):
+            remaining += {_ARRAY: value, _MAP: 2 * value, _TAG: 1}[major]
+    return position, budget
+
+
+def _scalar(data: bytes, position: int, limits: Limits) -> int | str | None:
+    """The unsigned integer or text there, or None."""
+    major, _, value, position = _head(data, position)
+    if major == _UNSIGNED:
+        return value
+    if major == _TEXT and value <= min(limits.max_text_bytes, len(data) - position):
+        try:
+            return bytes(data[position : position + value]).decode()
+        except UnicodeDecodeError:
+            return None
+    return None
 
 
 def _truncated(position: int) -> WireError:

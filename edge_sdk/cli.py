@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.batch import load_dataset
-from edge_sdk.bundle import load_bundle
+from edge_sdk.batch import Dataset, load_dataset
+from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.client import EdgeClient
 from edge_sdk.codec import pack_tensors
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run
 from edge_sdk.errors import BatchError, ConfigError
+from edge_sdk.front import FrontState
 from edge_sdk.memory import keep_freed_memory, peak_rss_mb
 from edge_sdk.paho_transport import PahoTransport
+from edge_sdk.sealing import load_key
+from edge_sdk.sqlite_state import SqliteState, forget
+from edge_sdk.state import OutboxLimits
+from edge_sdk.topics import check_name
 from edge_sdk.training import follow
 
 __all__ = ["main"]
@@ -24,6 +31,7 @@ __all__ = ["main"]
 _EXAMPLES = """\
   psgl-edge run net.psgl --data ward-1.npz --device ward-1 --host broker.clinic.example --ca ca.pem \\
       --user ward-1 --password-file pw
+  psgl-edge run net.psgl --data ward-1.npz --device ward-1 --state-key-file /etc/psgl/key     (state encrypted)
   psgl-edge run net.psgl --data ward-1.npz --device ward-1            (a broker on this machine, port 1883)
 """
 
@@ -66,6 +74,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=600.0,
         help="end when a step stays without a reply (default %(default)s)",
     )
+    state = train.add_argument_group("what a crash may cost: nothing")
+    state.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="database with the front and the steps in flight (default runs/devices/<fleet>-<device>.sqlite)",
+    )
+    state.add_argument("--fresh", action="store_true", help="forget that state and start from the bundle's front")
+    state.add_argument(
+        "--state-key-file",
+        type=Path,
+        metavar="FILE",
+        help="encrypt the batches in the state with this key (AES-256-GCM); else PSGL_STATE_KEY, if it is set",
+    )
+    state.add_argument(
+        "--state-sync",
+        choices=("off", "normal", "full"),
+        default="normal",
+        help="SQLite's synchronous: full survives a loss of power after every step (default %(default)s)",
+    )
+    state.add_argument(
+        "--outbox-mb", type=float, default=64.0, metavar="MB", help="size of the outbox (default %(default)s)"
+    )
+    state.add_argument(
+        "--when-full",
+        choices=("block", "drop-oldest", "refuse"),
+        default="block",
+        help="what a full outbox does with one step more (default %(default)s)",
+    )
     train.add_argument(
         "--measure-clean", action="store_true", help="evaluate once more at the end WITHOUT the perturbation"
     )
@@ -98,12 +135,36 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--chunk-bytes is 1024 to 1048576")
     if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
         raise ConfigError("--shift is 0 or less than the image's size, --seed at least 0")
+    with closing(_open_state(arguments, bundle)) as state:
+        return _take_part(arguments, bundle, dataset, state)
+
+
+def _open_state(arguments: argparse.Namespace, bundle: Bundle) -> SqliteState:
+    fleet, device = check_name(arguments.fleet), check_name(arguments.device)
+    path = arguments.state or Path("runs/devices") / f"{fleet}-{device}.sqlite"
+    if arguments.fresh:
+        forget(path)
+    return SqliteState(
+        path,
+        FrontState(0, dict(bundle.initial)),
+        bundle=bundle.id,
+        fleet=fleet,
+        device=device,
+        limits=OutboxLimits(max_bytes=int(arguments.outbox_mb * 1e6), when_full=arguments.when_full),
+        key=load_key(arguments.state_key_file, os.environ),
+        synchronous=arguments.state_sync,
+        on_note=lambda text: print(f"note: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, state: SqliteState) -> int:
     transport = PahoTransport(connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}")
     client = EdgeClient(
         bundle,
         transport,
         device=arguments.device,
         fleet=arguments.fleet,
+        state=state,
         codec=arguments.codec,
         chunk_bytes=arguments.chunk_bytes,
         give_up_s=arguments.give_up_s,

@@ -124,7 +124,7 @@ def compress(array: Array, codec: str) -> tuple[Array, float | None]:
     largest = max(float(array.max()), -float(array.min()))
     exponent = math.frexp(largest)[1]
     scale = max(math.ldexp(1.0, exponent - _TOP_EXPONENT), _LEAST_SCALE) if largest else 1.0
-    return np.divide(array, np.float32(scale)).astype(np.float16), scale
+    return np.asarray(np.divide(array, np.float32(scale)).astype(np.float16)), scale  # numpy unwraps shape ()
 
 
 def expand(name: str, array: Array, scale: float | None) -> Array:
@@ -144,7 +144,7 @@ def expand(name: str, array: Array, scale: float | None) -> Array:
         factor = np.float32(scale)
         if not (0.0 < scale < math.inf and float(factor) == scale):
             raise WireError("schema", f"tensor {name!r}: the scale must be a positive finite float32")
-        return array.astype(np.float32) * factor
+        return np.asarray(array.astype(np.float32) * factor)
 
 
 def pack_tensors(tensors: Mapping[str, Array], limits: Limits = DEFAULT_LIMITS) -> bytes:

@@ -18,7 +18,7 @@ from edge_sdk.errors import ConfigError, PsglError
 from edge_sdk.transport import Connection
 from edge_sdk.version import __version__
 
-__all__ = ["add_broker_options", "add_debug", "connection_from", "new_parser", "require", "run"]
+__all__ = ["add_broker_options", "add_debug", "connection_from", "new_parser", "require", "run", "stop_on_signals"]
 
 
 def new_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -111,16 +111,29 @@ def require(extra: str, *modules: str) -> None:
             raise ConfigError(f"{module} is not installed: pip install 'psgl[{extra}]'")
 
 
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """From now on Ctrl-C and SIGTERM ask for a tidy end; a second one does not wait for it."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, _interrupt)
+        stop()
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, ask)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def run(command: Callable[[], int], *, debug: bool) -> int:
     """Run a command so that every way out is a clear line and an exit code.
 
     SIGTERM ends it as Ctrl-C does, so that ``finally`` blocks run.
     """
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return command()
     except PsglError as exc:

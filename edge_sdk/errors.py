@@ -6,6 +6,8 @@ PsglError                    every error that the SDK raises on purpose; its tex
     ├── BundleError          a bundle that is damaged, incomplete or of another version
     ├── ConfigError          options that contradict each other or name nothing
     ├── WireError            bytes that are not a message of this protocol (``reason`` is a short code)
+    ├── StateError           the device's state cannot be kept: a full, read-only or damaged disk, a missing key
+    │   └── OutboxFullError  too many steps wait for the server
     ├── TransportError       a broker that cannot be reached, refuses, or takes no packet of this size
     └── RefusedError         the server refused a step (``reason`` is its code)
 """
@@ -17,8 +19,10 @@ __all__ = [
     "BundleError",
     "ConfigError",
     "EdgeError",
+    "OutboxFullError",
     "PsglError",
     "RefusedError",
+    "StateError",
     "TransportError",
     "WireError",
 ]
@@ -42,6 +46,14 @@ class BundleError(EdgeError):
 
 class ConfigError(EdgeError):
     """Options that contradict each other or name nothing."""
+
+
+class StateError(EdgeError):
+    """The device's state cannot be kept or read: a full, read-only or damaged disk, a missing key."""
+
+
+class OutboxFullError(StateError):
+    """Too many steps wait for the server."""
 
 
 class TransportError(EdgeError):

@@ -1,7 +1,7 @@
 """A step goes out and its reply comes back: the device's end of the conversation with its server.
 
 A step is done when its reply has come: until then the same bytes are sent again, after a pause that doubles, and at
-once when the connection was lost and is back. A PUBACK of the broker is no reply.
+once when the connection or the server was lost and is back. A PUBACK of the broker is no reply.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import platform
 import random
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,22 @@ from edge_sdk.errors import RefusedError, TransportError, WireError
 from edge_sdk.state import OutboxStep
 from edge_sdk.transport import Transport, Will
 from edge_sdk.version import __version__
-from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
+from edge_sdk.wire import (
+    VERSION,
+    Assembler,
+    Limits,
+    Message,
+    decode_frame,
+    encode,
+    foreign_version,
+    version_conflict,
+)
 
-__all__ = ["Exchange", "Plan", "Traffic"]
+__all__ = ["Exchange", "Plan", "Reply", "Traffic"]
 
 _NO_RUN = ""
-_REPLIES = ("gradient", "decision", "refused")
+_REPLIES = ("gradient", "stored", "synchronised", "decision", "refused")
+_LONGEST_PAUSE = 8  # times the first one
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,14 @@ class Plan:
     Attributes:
         run: id of the training run; a message of another run is refused.
         bundle: id of the bundle that the server trains.
-        status: ``waiting`` for devices, ``training`` or ``finished``.
+        status: ``waiting`` for devices, ``training``, ``evaluating`` (every round is done), ``paused`` (the server
+            was stopped and can go on) or ``finished``.
         rounds: rounds of the whole run.
         evaluate_every: rounds between two evaluations, 0 for none before the end.
         batch: samples of each device in one step.
+        fronts: ``own``, ``shared``, ``relay`` or ``frozen``.
+        front: version of the synchronised front, 0 before the first.
+        server: id of one life of the server.
     """
 
     run: str
@@ -46,6 +60,24 @@ class Plan:
     rounds: int
     evaluate_every: int
     batch: int
+    fronts: str = "own"
+    front: int = 0
+    server: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The server's answer to a step.
+
+    Attributes:
+        message: of kind ``gradient``, ``stored``, ``synchronised``, ``decision`` or ``refused``.
+        step: the number of the step.
+        resent: how often the step was sent again.
+    """
+
+    message: Message
+    step: int
+    resent: int
 
 
 @dataclass
@@ -65,6 +97,16 @@ class Traffic:
     rejected: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass
+class _Waiting:
+    """A step without its reply."""
+
+    outbox: OutboxStep
+    pause_s: float
+    resend_at: float = 0.0
+    sent: int = 0
+
+
 class Exchange:
     """Send steps and wait for their replies.
 
@@ -74,7 +116,7 @@ class Exchange:
         session: of the device's state.
         bundle: id of the device's bundle.
         resend_s: first pause before a step is sent again; it doubles up to 8 times of this.
-        give_up_s: how long one step may stay without a reply.
+        give_up_s: how long the server may stay silent while a step waits.
 
     Raises:
         ConfigError: a name that no topic can carry.
@@ -104,23 +146,31 @@ class Exchange:
         self._limits = Limits()
         self._assembler = Assembler(self._limits)
         self._generation = -1
+        self._refused = transport.refused_messages
+        self._heard = 0.0
+        self._waiting: dict[int, _Waiting] = {}
+        self._arrived: deque[Reply] = deque()
         self._status: dict[str, Any] = {"status": "online"}
         self._joined = False
         self.plan: Plan | None = None
         self.traffic = Traffic()
 
-    def open(self, wait_s: float) -> Plan:
+    def open(self, wait_s: float, run: str = "") -> Plan:
         """Connect, announce the device and wait for a server that trains this bundle.
+
+        Args:
+            wait_s: how long to wait.
+            run: the run that the device takes part in; of no other is a finished run of interest.
 
         Raises:
             TransportError: no broker, or no server within ``wait_s``.
-            RefusedError: the server trains another bundle.
+            RefusedError: the server trains another bundle or speaks another version of the protocol.
         """
         self._transport.open(Will(self._state_topic, self._encode({"status": "offline"}), retain=True))
         self._transport.subscribe(self._down_topic)
         self._transport.subscribe(self._model_topic)
         deadline = time.monotonic() + wait_s
-        while self.plan is None or self.plan.status == "finished":
+        while self.plan is None or (self.plan.status == "finished" and self.plan.run != run):
             self._greet()
             if time.monotonic() > deadline:
                 raise TransportError(
@@ -156,93 +206,168 @@ class Exchange:
         self._status |= fields
         self._transport.publish(self._state_topic, self._encode(self._status), retain=True)
 
-    def ask(self, outbox: OutboxStep, meanwhile: Callable[[], None] = lambda: None) -> tuple[Message, int]:
-        """Send a step until its reply comes.
+    @property
+    def waiting(self) -> frozenset[int]:
+        """Numbers of the steps that were sent and have no reply."""
+        return frozenset(self._waiting)
+
+    def send(self, outbox: OutboxStep) -> None:
+        """Send a step now and again until its reply comes through ``reply``.
+
+        Raises:
+            TransportError: a packet that no broker takes.
+        """
+        if not self._waiting:
+            self._heard = time.monotonic()
+        self._waiting[outbox.step] = _Waiting(outbox, self._resend_s)
+        self._send_due()
+
+    def reply(self, timeout_s: float) -> Reply | None:
+        """The next reply to a step that was sent, or None when none came within ``timeout_s``.
+
+        Raises:
+            RefusedError: the server ended the run.
+            TransportError: the server was silent for ``give_up_s``, or a packet that no broker takes.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if self._arrived:
+                return self._arrived.popleft()
+            self._send_due()
+            now = time.monotonic()
+            due = min((each.resend_at for each in self._waiting.values()), default=deadline)
+            self._receive(max(min(0.25, due - now, deadline - now), 0.0))
+            if now >= deadline and not self._arrived:
+                return None
+
+    def ask(self, outbox: OutboxStep, meanwhile: Callable[[], None] = lambda: None) -> Reply:
+        """Send a step until its reply comes; replies to other steps are kept for ``reply``.
 
         Args:
             outbox: the step.
             meanwhile: called once, after the step was sent for the first time.
 
         Returns:
-            The reply, and how often the step was sent again.
+            Its reply, which is no refusal.
 
         Raises:
             RefusedError: the server refused the step, or ended the run.
-            TransportError: no reply within ``give_up_s``, or a packet that no broker takes.
+            TransportError: see ``reply``.
         """
-        start = time.monotonic()
-        pause = self._resend_s
-        resent = -1
-        while True:
-            resent += 1
-            generation = self._transport.generation
-            self._greet()
-            self._send(outbox)
-            if not resent:
-                meanwhile()
-            # Jitter keeps a fleet that lost its broker from coming back in one wave.
-            resend_at = time.monotonic() + pause * random.uniform(1.0, 1.25)
-            pause = min(2 * pause, 8 * self._resend_s)
-            while self._transport.generation == generation and (now := time.monotonic()) < resend_at:
-                reply = self._receive(min(0.25, resend_at - now))
-                if reply is None or (reply.session, reply.step) != (self._session, outbox.step):
-                    continue
-                self.traffic.resent += resent
-                if reply.kind == "refused":
-                    reason, detail = str(reply.fields["reason"]), str(reply.fields.get("detail", ""))
-                    raise RefusedError(reason, f"the server refused step {outbox.step} ({reason}): {detail}")
-                return reply, resent
-            if time.monotonic() - start > self._give_up_s:
-                raise TransportError(
-                    f"no reply to step {outbox.step} for {self._give_up_s:g} s: "
-                    "is the server up? look at psgl-server's output"
-                )
+        self.send(outbox)
+        meanwhile()
+        others: list[Reply] = []
+        try:
+            while True:
+                reply = self.reply(1.0)
+                if reply is not None and reply.step == outbox.step:
+                    return _unless_refused(reply)
+                if reply is not None:
+                    others.append(reply)
+        finally:
+            self._waiting.pop(outbox.step, None)
+            self._arrived.extendleft(reversed(others))
+
+    def listen(self, timeout_s: float) -> None:
+        """Take what the server announces for as long as this; nothing waits for a reply.
+
+        Raises:
+            RefusedError: the server ended the run.
+        """
+        self._greet()
+        self._receive(timeout_s)
 
     def _encode(self, fields: dict[str, Any]) -> bytes:
         versions = {"psgl": __version__, "python": platform.python_version()}
-        body = {"manifest": self._bundle, "versions": versions, **fields}
+        body = {"manifest": self._bundle, "versions": versions, "speaks": [VERSION], **fields}
         (frame,) = encode(Message("state", _NO_RUN, self._session, 0, body, {}), chunk_bytes=1 << 20)
         return frame
 
     def _greet(self) -> None:
-        """Tell the state anew after every new connection."""
+        """After every new connection: tell the state anew, and send all that waits again."""
         generation = self._transport.generation
         if generation != self._generation:
             self._generation = generation
             self.tell()
+            self._hurry()
 
-    def _send(self, outbox: OutboxStep) -> None:
+    def _hurry(self) -> None:
+        for each in self._waiting.values():
+            each.resend_at, each.pause_s = 0.0, self._resend_s
+
+    def _send_due(self) -> None:
+        self._greet()
+        if self._transport.refused_messages > self._refused:
+            raise TransportError(
+                f"the broker refuses what this device publishes on {self._up_topic}: correct its ACL for this user"
+            )
+        now = time.monotonic()
+        for each in tuple(self._waiting.values()):
+            if each.resend_at > now:
+                continue
+            if each.sent and now - self._heard > self._give_up_s:
+                raise TransportError(
+                    f"no reply to step {each.outbox.step} for {self._give_up_s:g} s: "
+                    "is the server up? look at psgl-server's output"
+                )
+            # Jitter keeps a fleet that lost its broker from coming back in one wave.
+            each.resend_at = now + each.pause_s * random.uniform(1.0, 1.25)
+            each.pause_s = min(2 * each.pause_s, _LONGEST_PAUSE * self._resend_s)
+            self.traffic.resent += each.sent > 0
+            each.sent += 1
+            self._send(each.outbox.frames)
+
+    def _send(self, frames: tuple[bytes, ...]) -> None:
         try:
-            for frame in outbox.frames:
+            for frame in frames:
                 self._transport.publish(self._up_topic, frame)
                 self.traffic.bytes_sent += len(frame)
         except TransportError:
             # The queue is full because the broker is away: the same bytes go out after the pause.
-            if max(map(len, outbox.frames)) > self._transport.max_packet_bytes:
+            if max(map(len, frames)) > self._transport.max_packet_bytes:
                 raise
 
-    def _receive(self, timeout_s: float) -> Message | None:
-        """Take one message: an announcement is noted, a reply is returned, anything else is counted."""
+    def _receive(self, timeout_s: float) -> None:
+        """Take one message: an announcement is noted, a reply kept, anything else counted."""
         received = self._transport.receive(timeout_s)
         if received is None:
-            return None
+            return
         self.traffic.bytes_received += len(received.payload)
         try:
             message = self._assembler.add(decode_frame(received.payload, self._limits))
-            if message is not None and received.topic == self._model_topic:
-                self._note(message)
-                return None
-            return message if message is not None and message.kind in _REPLIES else None
+            if message is not None:
+                self._take(received.topic, message)
         except WireError as exc:
             self.traffic.rejected[exc.reason] += 1
-            return None
+            foreign = foreign_version(received.payload) if received.topic == self._model_topic else None
+            if foreign is not None:
+                _refuse_version([foreign.version])
         finally:
             received.acknowledge()
 
-    def _note(self, message: Message) -> None:
-        if message.kind != "model":
+    def _take(self, topic: str, message: Message) -> None:
+        if topic == self._model_topic:
+            if message.kind == "model":
+                self._heard = time.monotonic()
+                self._note(message)
             return
+        waiting = self._waiting.get(message.step) if message.session == self._session else None
+        if waiting is None:
+            return
+        self._heard = time.monotonic()
+        if message.kind == "missing":
+            frames = waiting.outbox.frames
+            self._send(tuple(frames[index] for index in message.fields["chunks"] if index < len(frames)))
+        elif message.fields.get("reason") == "version":
+            # The server speaks this version, so the frame was damaged on its way: it goes out again.
+            self.traffic.rejected["version"] += 1
+        elif message.kind in _REPLIES:
+            del self._waiting[message.step]
+            self._arrived.append(Reply(message, message.step, waiting.sent - 1))
+
+    def _note(self, message: Message) -> None:
         fields = message.fields
+        _refuse_version(fields.get("speaks", []))
         plan = Plan(
             run=message.run,
             bundle=str(fields["bundle"]),
@@ -250,9 +375,28 @@ class Exchange:
             rounds=int(fields["rounds"]),
             evaluate_every=int(fields["evaluate_every"]),
             batch=int(fields["batch"]),
+            fronts=str(fields.get("fronts", "own")),
+            front=int(fields.get("front", 0)),
+            server=str(fields.get("server", "")),
         )
-        if self._joined and self.plan is not None and (plan.run != self.plan.run or plan.status == "finished"):
-            raise RefusedError(
-                "run", f"the server ended run {self.plan.run}: start psgl-server train, then this device again"
-            )
+        if self._joined and self.plan is not None:
+            if plan.run != self.plan.run or plan.status == "finished":
+                raise RefusedError(
+                    "run", f"the server ended run {self.plan.run}: start psgl-server train, then this device again"
+                )
+            if plan.server != self.plan.server:
+                self._hurry()
         self.plan = plan
+
+
+def _refuse_version(theirs: Sequence[object]) -> None:
+    conflict = version_conflict(theirs, here="device", there="server")
+    if conflict is not None:
+        raise RefusedError("version", conflict)
+
+
+def _unless_refused(reply: Reply) -> Reply:
+    if reply.message.kind != "refused":
+        return reply
+    reason, detail = str(reply.message.fields["reason"]), str(reply.message.fields.get("detail", ""))
+    raise RefusedError(reason, f"the server refused step {reply.step} ({reason}): {detail}")

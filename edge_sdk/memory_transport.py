@@ -1,7 +1,8 @@
-"""A broker without a network, for tests and simulation: what MQTT 3.1.1 with persistent sessions does."""
+"""A broker without a network, for tests and simulation: what MQTT with persistent sessions does."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from functools import partial
@@ -12,6 +13,8 @@ from edge_sdk.errors import TransportError
 from edge_sdk.transport import Received, Will, check_pattern, check_topic, matches
 
 __all__ = ["MemoryBroker", "MemoryTransport"]
+
+_log = logging.getLogger(__name__)
 
 _OVERHEAD_BYTES = 64
 
@@ -42,6 +45,15 @@ class MemoryBroker:
         self._sessions: dict[str, _Session] = {}
         self._transports: dict[str, MemoryTransport] = {}
         self._retained: dict[str, bytes] = {}
+        self._forbidden: tuple[str, ...] = ()
+
+    def forbid(self, *patterns: str) -> None:
+        """Refuse, from now on, to subscribe to these patterns and to publish on what they match, as an ACL does.
+
+        Replaces what was forbidden before. Subscriptions that exist stay until they are renewed.
+        """
+        with self._lock:
+            self._forbidden = patterns
 
     def stop(self) -> None:
         """Vanish as a killed broker does: clients are disconnected and no last will is published."""
@@ -67,7 +79,7 @@ class MemoryBroker:
                 self._connect(transport)
             for transport in self._transports.values():
                 while transport._outbox:
-                    self._publish(*transport._outbox.popleft())
+                    self._accept(transport, *transport._outbox.popleft())
 
     def drop(self, client_id: str) -> None:
         """Cut one client's connection: its last will is published, then it reconnects.
@@ -103,8 +115,12 @@ class MemoryBroker:
         session.fresh = deque(session.unacknowledged)
         transport._connected = True
         transport._generation += 1
-        for pattern in transport._patterns:
+        granted = [pattern for pattern in transport._patterns if pattern not in self._forbidden]
+        for pattern in granted:
             self._subscribe(session, pattern)
+        transport._refused_patterns = tuple(pattern for pattern in transport._patterns if pattern not in granted)
+        transport._complaining = bool(transport._refused_patterns)
+        session.patterns.difference_update(transport._refused_patterns)
         session.arrived.notify_all()
 
     def _bequeath(self, transport: MemoryTransport) -> None:
@@ -116,6 +132,14 @@ class MemoryBroker:
         for topic, payload in self._retained.items():
             if matches(pattern, topic):
                 self._deliver(session, _Message(topic, payload, True))
+
+    def _accept(self, transport: MemoryTransport, topic: str, payload: bytes, retain: bool) -> None:
+        if any(matches(pattern, topic) for pattern in self._forbidden):
+            level = logging.DEBUG if transport._refused_messages else logging.WARNING
+            transport._refused_messages += 1
+            _log.log(level, "the broker in memory refuses to publish on %s", topic)
+        else:
+            self._publish(topic, payload, retain)
 
     def _publish(self, topic: str, payload: bytes, retain: bool) -> None:
         if retain and payload:
@@ -161,6 +185,9 @@ class MemoryTransport:
         self._connected = False
         self._generation = 0
         self._patterns: list[str] = []
+        self._refused_patterns: tuple[str, ...] = ()
+        self._complaining = False
+        self._refused_messages = 0
         self._outbox: deque[tuple[str, bytes, bool]] = deque()
 
     @property
@@ -172,6 +199,16 @@ class MemoryTransport:
     def max_packet_bytes(self) -> int:
         """The configured limit."""
         return self._max_packet_bytes
+
+    @property
+    def refused_messages(self) -> int:
+        """Messages that :meth:`MemoryBroker.forbid` kept from others."""
+        return self._refused_messages
+
+    @property
+    def refused_patterns(self) -> tuple[str, ...]:
+        """Subscriptions that :meth:`MemoryBroker.forbid` kept from being renewed."""
+        return self._refused_patterns
 
     def open(self, will: Will | None = None) -> None:
         """Connect. See :meth:`Transport.open`."""
@@ -192,7 +229,7 @@ class MemoryTransport:
                 limit = self._max_packet_bytes
                 raise TransportError(f"a packet of {size} bytes is above the limit of {limit}: send smaller chunks")
             if self._connected:
-                self._broker._publish(topic, bytes(payload), retain)
+                self._broker._accept(self, topic, bytes(payload), retain)
             elif len(self._outbox) < self._max_queued:
                 self._outbox.append((topic, bytes(payload), retain))
             else:
@@ -206,6 +243,10 @@ class MemoryTransport:
         check_pattern(pattern)
         with self._broker._lock:
             self._require_open()
+            self._refused_patterns = tuple(known for known in self._refused_patterns if known != pattern)
+            if self._connected and pattern in self._broker._forbidden:
+                self._patterns = [known for known in self._patterns if known != pattern]
+                raise TransportError(f"the broker in memory refuses the subscription {pattern!r}: correct its ACL")
             if pattern not in self._patterns:
                 self._patterns.append(pattern)
             if self._connected:
@@ -217,8 +258,13 @@ class MemoryTransport:
             self._require_open()
             session = self._broker._session(self)
             session.arrived.wait_for(
-                lambda: not self._open or (self._connected and bool(session.fresh)), max(timeout_s, 0.0)
+                lambda: not self._open or (self._connected and (self._complaining or bool(session.fresh))),
+                max(timeout_s, 0.0),
             )
+            if self._open and self._connected and self._complaining:
+                self._complaining = False
+                names = ", ".join(map(repr, self._refused_patterns))
+                raise TransportError(f"the broker in memory refuses the subscription {names}: correct its ACL")
             if not self._open or not self._connected or not session.fresh:
                 return None
             number = session.fresh.popleft()

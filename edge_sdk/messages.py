@@ -23,15 +23,19 @@ _MAX_ID = 128  # characters of a run or a session
 
 @dataclass(frozen=True)
 class TensorRule:
-    """What a tensor of a message must be; every tensor of a message has the same first dimension N.
+    """What a tensor of a message must be.
 
     Attributes:
         dtype: ``float32`` (finite) or ``int64`` (not negative).
         ndim: fewest and most dimensions.
+        batched: its first dimension is N, the number of samples, which all such tensors of a message share.
+        least: how many tensors of a name with ``*`` there must be.
     """
 
     dtype: str
     ndim: tuple[int, int]
+    batched: bool = True
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Kind:
             fields may be present.
         optional: the same for fields that may be absent.
         tensors: tensor name -> rule. All must be present, and no other may be. A name that ends in ``*``
-            stands for one tensor or more whose names begin so.
+            stands for the rule's ``least`` tensors or more whose names begin so.
     """
 
     direction: str
@@ -55,18 +59,30 @@ class Kind:
 
 _FEATURES = TensorRule("float32", (2, 6))
 _CLASSES = TensorRule("int64", (1, 1))
+_FRONT = TensorRule("float32", (0, 6), batched=False, least=0)
 
 KINDS: Mapping[str, Kind] = {
-    "train": Kind("up", {"front": int}, tensors={"activations": _FEATURES, "labels": _CLASSES}),
+    "train": Kind("up", {"front": int}, {"samples": int}, {"activations": _FEATURES, "labels": _CLASSES}),
+    "store": Kind(
+        "up",
+        {"front": int, "first": int, "total": int},
+        tensors={"activations": _FEATURES, "labels": _CLASSES},
+    ),
+    "front": Kind("up", {"front": int}, {"samples": int}, {"*": _FRONT}),
     "infer": Kind("up", {"front": int}, tensors={"activations": _FEATURES}),
     "state": Kind(
         "up",
         {"status": str, "manifest": str},
-        {"versions": dict, "round": int, "bytes_per_sample": float, "evaluation": dict, "clean": dict},
+        {"versions": dict, "speaks": list, "round": int, "bytes_per_sample": float, "evaluation": dict, "clean": dict},
     ),
     "gradient": Kind(
-        "down", {"front": int, "rate": float, "loss": float, "round": int}, tensors={"gradient": _FEATURES}
+        "down",
+        {"front": int, "rate": float, "loss": float, "round": int},
+        {"synchronise": bool},
+        {"gradient": _FEATURES},
     ),
+    "stored": Kind("down", {"samples": int}),
+    "synchronised": Kind("down", {"front": int, "round": int}, tensors={"*": _FRONT}),
     "decision": Kind(
         "down",
         optional={"front": int},
@@ -77,7 +93,7 @@ KINDS: Mapping[str, Kind] = {
     "model": Kind(
         "down",
         {"bundle": str, "status": str, "rounds": int, "evaluate_every": int, "batch": int},
-        {"front": int, "versions": dict},
+        {"round": int, "front": int, "fronts": str, "server": str, "speaks": list, "versions": dict},
     ),
 }
 
@@ -176,7 +192,7 @@ def check_names(kind: str, present: Mapping[str, object], limits: Limits = DEFAU
         if not isinstance(name, str) or _rule(rules, name) is None:
             raise WireError("schema", f"a {kind!r} message has no tensor {_short(name)}: it has {list(rules)}")
     for pattern, rule in rules.items():
-        if not any(_rule({pattern: rule}, name) for name in present):
+        if sum(_rule({pattern: rule}, name) is not None for name in present) < rule.least:
             raise WireError("schema", f"a {kind!r} message needs the tensor {pattern!r}")
 
 
@@ -257,8 +273,9 @@ def _check_tensors(kind: str, tensors: Mapping[str, Array], limits: Limits) -> N
             )
         if array.ndim > limits.max_dims or array.size > limits.max_elements:
             raise WireError("limit", f"tensor {name!r} of shape {array.shape} is above max_dims or max_elements")
-        batch = array.shape[0] if batch is None else batch
-        if array.shape[0] != batch:
+        if rule.batched:
+            batch = array.shape[0] if batch is None else batch
+        if rule.batched and array.shape[0] != batch:
             raise WireError("shape", f"tensors of {kind!r} differ in batch size: {batch} and {array.shape[0]}")
         if rule.dtype == "float32" and not np.isfinite(array).all():
             raise WireError("nonfinite", f"tensor {name!r} of {kind!r} holds NaN or infinity")

@@ -11,7 +11,7 @@ from edge_sdk.transport import Connection
 __all__ = ["ANSWER_S", "Answer", "Ending", "Link", "LinkError", "Plan", "Version", "refusal"]
 
 Version = Literal["5", "3.1.1"]
-Ending = Literal["lost", "final", "silent", "unsupported", "understood"]
+Ending = Literal["lost", "left", "final", "silent", "unsupported", "understood"]
 
 ANSWER_S = 3.0
 """Seconds for the CONNACK, and again for the SUBACK of the renewed subscriptions."""
@@ -66,7 +66,7 @@ class Plan:
         Some brokers (amqtt) take the properties of an MQTT 5 CONNECT for a client id and wait for ever for
         its rest, but refuse a CONNECT without properties: a silent broker is asked again that way.
         """
-        if self.settled or ending in ("lost", "final"):
+        if self.settled or ending in ("lost", "left", "final"):
             return self
         if ending == "understood" or self.version == "3.1.1":
             return Plan("5")
@@ -79,8 +79,9 @@ class LinkError(Exception):
     """A connection ended or did not come about.
 
     Attributes:
-        kind: "lost": try again; "final": that cannot help; "silent": no answer; "unsupported": refused, or
-            closed without an answer, as by a broker that does not know this version; "understood": it does.
+        kind: "lost": try again; "left": this side ended it to connect anew; "final": that cannot help;
+            "silent": no answer; "unsupported": refused, or closed without an answer, as by a broker that does
+            not know this version; "understood": it does.
     """
 
     def __init__(self, cause: str, kind: Ending = "lost") -> None:

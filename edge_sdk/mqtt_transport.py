@@ -19,6 +19,7 @@ from functools import partial
 
 from edge_sdk.errors import TransportError
 from edge_sdk.mqtt_link import ANSWER_S, Link, LinkError, Plan, Version, refusal
+from edge_sdk.mqtt_subscriptions import Subscriptions
 from edge_sdk.transport import Connection, Received, Will, check_pattern, check_topic, matches
 
 __all__ = ["MqttTransport"]
@@ -44,8 +45,9 @@ class MqttTransport(ABC):
         self._plan = Plan.first(connection)
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
-        self._received: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[Received | TransportError | None] = queue.SimpleQueue()
         self._overflowed = False
+        self._progress = False  # a message was acknowledged on this connection
         self._rejected = 0
         self._attempt = 0
 
@@ -55,9 +57,11 @@ class MqttTransport(ABC):
         self._generation = 0
         self._failure: str | None = None
         self._cause = "no answer"
-        self._patterns: tuple[str, ...] = ()
+        self._subscriptions = Subscriptions()
+        self._complaining = False  # receive has yet to raise the last refusal
+        self._refused_messages = 0
         self._pending: deque[tuple[str, bytes, bool]] = deque()
-        self._in_flight = 0
+        self._in_flight: deque[str] = deque()  # topics; PUBACKs keep the order (MQTT 3.1.1 and 5.0, section 4.6)
         self._fruitless = 0
         self._window = _WINDOW
         self._max_packet_bytes = connection.max_packet_bytes
@@ -85,6 +89,16 @@ class MqttTransport(ABC):
     def rejected(self) -> int:
         """Packets that were dropped: topics that are no UTF-8, and messages far beyond ``max_received``."""
         return self._rejected
+
+    @property
+    def refused_messages(self) -> int:
+        """Messages that the broker refused to pass on. See :attr:`Transport.refused_messages`."""
+        return self._refused_messages
+
+    @property
+    def refused_patterns(self) -> tuple[str, ...]:
+        """Subscriptions that the broker does not grant now. See :attr:`Transport.refused_patterns`."""
+        return self._subscriptions.refused
 
     def open(self, will: Will | None = None) -> None:
         """Connect, and keep connected until ``close``. See :meth:`Transport.open`."""
@@ -117,7 +131,7 @@ class MqttTransport(ABC):
                 raise TransportError(f"a packet of {size} bytes is above the limit of {limit}: send smaller chunks")
             deadline = time.monotonic() + self._connection.connect_timeout_s
             most = self._connection.max_queued
-            while self._in_flight + len(self._pending) >= most:
+            while len(self._in_flight) + len(self._pending) >= most:
                 where = f"{most} messages wait for the broker at {self._connection.address}"
                 if not self._connected:
                     raise TransportError(f"{where}, which is not connected: wait for it or raise max_queued")
@@ -133,14 +147,11 @@ class MqttTransport(ABC):
         check_pattern(pattern)
         with self._changed:
             link = self._require_open()
-            if pattern not in self._patterns:
-                self._patterns = (*self._patterns, pattern)
-            if not self._connected:
-                return
+            self._subscriptions.add(pattern)
             generation = self._generation
-            mid = link.subscribe((pattern,))
+            mid = link.subscribe((pattern,)) if self._connected else None
             if mid is None:
-                return  # the connection is just being lost, the next one renews it
+                return  # the next connection subscribes
 
             def answered() -> bool:
                 return mid in link.subscribed or generation != self._generation or not self._connected
@@ -148,17 +159,23 @@ class MqttTransport(ABC):
             address = self._connection.address
             if not self._changed.wait_for(answered, self._connection.connect_timeout_s):
                 raise TransportError(f"the broker at {address} does not confirm {pattern!r}: is it overloaded?")
-            if any(link.subscribed.pop(mid, [])):
-                self._patterns = tuple(known for known in self._patterns if known != pattern)
+            answers = link.subscribed.pop(mid, None)
+            if answers is not None:  # else the connection is lost, the next one renews it
+                self._subscriptions.answered(pattern, granted=not any(answers))
+            if any(answers or ()):
                 raise TransportError(f"the broker at {address} refuses the subscription {pattern!r}: correct its ACL")
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message, or None. See :meth:`Transport.receive`."""
         self._require_open()
         try:
-            return self._received.get(timeout=max(timeout_s, 0.0))
+            received = self._received.get(timeout=max(timeout_s, 0.0))
         except queue.Empty:
             return None
+        if isinstance(received, TransportError):
+            self._complaining = False
+            raise received
+        return received
 
     def close(self) -> None:
         """Say goodbye and stop, in less than two seconds. See :meth:`Transport.close`."""
@@ -166,7 +183,7 @@ class MqttTransport(ABC):
             if self._thread is None or self._closing.is_set():
                 return
             self._changed.wait_for(lambda: not self._connected or not (self._in_flight or self._pending), _FLUSH_S)
-            unsent = self._in_flight + len(self._pending)
+            unsent = len(self._in_flight) + len(self._pending)
             if self._connected and self._link is not None:
                 self._link.goodbye()
             self._end()
@@ -195,16 +212,16 @@ class MqttTransport(ABC):
 
     def _pump(self) -> None:
         """Give the library what fits into the window; the lock is held."""
-        while self._link is not None and self._connected and self._pending and self._in_flight < self._window:
+        while self._link is not None and self._connected and self._pending and len(self._in_flight) < self._window:
             if not self._link.publish(*self._pending[0]):
                 return
-            self._pending.popleft()
-            self._in_flight += 1
+            self._in_flight.append(self._pending.popleft()[0])
 
     def _acknowledge(self, attempt: int, mid: int) -> None:
         with self._changed:
             if self._link is not None and self._acknowledging == attempt:
                 self._link.acknowledge(mid)
+                self._progress = True
 
     def _take(self, topic: str | None, payload: bytes, qos: int, retained: bool, mid: int) -> None:
         """A message from the library, in its callback; ``topic`` is None if it is no UTF-8."""
@@ -214,7 +231,7 @@ class MqttTransport(ABC):
             if self._link is not None and qos:
                 self._link.acknowledge(mid)
             return
-        if qos == 0 and not any(matches(pattern, topic) for pattern in self._patterns):
+        if qos == 0 and not any(matches(pattern, topic) for pattern in self._subscriptions.patterns):
             return  # amqtt sends a client that connects the retained messages of all
         if self._received.qsize() >= 2 * self._connection.max_received:
             self._rejected += 1
@@ -242,7 +259,7 @@ class MqttTransport(ABC):
                 _log.exception("the connection starts anew after an unexpected error")
                 lost = LinkError(f"unexpected {type(exc).__name__}: {exc}")
             link.cut()
-            if self._note(lost):
+            if self._note(lost) or (lost.kind == "left" and self._progress):
                 continue
             if time.monotonic() - started > _STABLE_S:
                 delay_s = _FIRST_DELAY_S
@@ -257,7 +274,8 @@ class MqttTransport(ABC):
         with self._changed:
             was_connected, self._connected, self._acknowledging = self._connected, False, 0
             self._cause = str(lost)
-            self._fruitless = self._fruitless + 1 if self._in_flight else 0
+            if lost.kind != "left":
+                self._fruitless = self._fruitless + 1 if self._in_flight else 0
             first = self._generation == 0
             if first and lost.kind == "final":
                 self._failure = str(lost)
@@ -271,7 +289,7 @@ class MqttTransport(ABC):
             if plan != self._plan:
                 self._plan, self._link = plan, self._new_link(plan)
             return at_once
-        level = logging.WARNING if was_connected else logging.INFO
+        level = logging.WARNING if was_connected and lost.kind != "left" else logging.INFO
         _log.log(level, "the connection to %s is lost (%s), reconnecting", address, lost)
         if self._fruitless == _FRUITLESS:
             _log.warning(
@@ -285,6 +303,7 @@ class MqttTransport(ABC):
     def _connect(self, link: Link) -> None:
         """Connect and renew the subscriptions."""
         self._attempt += 1
+        self._overflowed = self._progress = False
         started = time.monotonic()
         link.connect()
         now = time.monotonic()
@@ -297,19 +316,14 @@ class MqttTransport(ABC):
         if self._plan.bare:
             self._say_goodbye(link)
             raise LinkError("it knows MQTT 5", "understood")
-        patterns, mid = link.renewed
+        mid = link.renewed[1]
         while mid is not None and mid not in link.subscribed:
             self._turn(link, now + 2 * ANSWER_S)
-        for pattern, why in zip(patterns, link.subscribed.get(mid or 0, []), strict=False):
-            if why is not None:
-                _log.warning("%s refuses the subscription %s: %s", self._connection.address, pattern, why)
         with self._changed:
             most = self._connection.max_packet_bytes
             self._max_packet_bytes = min(answer.max_packet_bytes or most, most)
             self._window = min(answer.receive_maximum or _WINDOW, _WINDOW)
-            missing = tuple(pattern for pattern in self._patterns if pattern not in patterns)
-            if missing:
-                link.subscribe(missing)
+            self._complain(self._subscriptions.connected(link))
             self._connected = True
             self._generation += 1
             self._changed.notify_all()
@@ -329,14 +343,17 @@ class MqttTransport(ABC):
     def _serve(self, link: Link) -> None:
         """Read and write until the connection is lost (LinkError) or the transport closed."""
         while not self._closing.is_set():
-            alive = link.loop(1.0)
+            alive = link.loop(0.1 if self._overflowed else 1.0)  # nothing else tells that the queue is empty
             self._settle(link)
             if not alive and not self._closing.is_set():
                 raise LinkError(link.farewell or "closed by the broker")
             if self._overflowed and self._received.empty():
                 self._overflowed = False
                 self._say_goodbye(link)
-                raise LinkError("messages had to be left with the broker, they come again")
+                raise LinkError("messages had to be left with the broker, they come again", "left")
+            if self._subscriptions.refused:
+                with self._changed:
+                    self._subscriptions.ask_again(link)
         self._say_goodbye(link)
 
     def _say_goodbye(self, link: Link) -> None:
@@ -352,17 +369,31 @@ class MqttTransport(ABC):
         with self._changed:
             while link.published:
                 why = link.published.popleft()
-                self._in_flight -= 1
+                topic = self._in_flight.popleft()
                 self._fruitless = 0
                 if why is not None:
-                    _log.warning("the broker at %s refuses a message: %s", self._connection.address, why)
+                    level = logging.DEBUG if self._refused_messages else logging.WARNING
+                    self._refused_messages += 1
+                    _log.log(level, "%s refuses to publish on %s: %s", self._connection.address, topic, why)
+            self._complain(self._subscriptions.settle(link))
             self._pump()
             self._changed.notify_all()
+
+    def _complain(self, refused: dict[str, str]) -> None:
+        """Let ``receive`` tell of subscriptions that the broker refused while no caller waited; the lock is held."""
+        if not refused:
+            return
+        names = ", ".join(f"{pattern!r} ({why})" for pattern, why in refused.items())
+        text = f"the broker at {self._connection.address} refuses the subscription {names}: correct its ACL"
+        _log.warning("%s", text)
+        if not self._complaining:
+            self._complaining = True
+            self._received.put(TransportError(text))
 
     def _accepted(self) -> tuple[str, ...]:
         """The broker accepts the connection (in the library's callback); the patterns to renew first."""
         self._acknowledging = self._attempt
-        return self._patterns
+        return self._subscriptions.patterns
 
 
 def _nothing() -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, MQTTMessage
+from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -125,7 +125,7 @@ class _PahoLink:
             connection.host,
             connection.port,
             keepalive=connection.keepalive_s,
-            clean_start=MQTT_CLEAN_START_FIRST_ONLY,
+            clean_start=False,
             properties=properties,
         )
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.batch import Samples, batches
-from edge_sdk.client import EdgeClient
-from edge_sdk.errors import WireError
+from edge_sdk.batch import Samples, batches, shuffled
+from edge_sdk.client import EdgeClient, TrainStep
+from edge_sdk.errors import RefusedError, WireError
 
 __all__ = ["Evaluation", "evaluate", "follow"]
 
@@ -108,48 +108,100 @@ def follow(
     measure_clean: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> None:
-    """Train until the server has all its rounds, evaluating when the plan says so and once at the end.
+    """Take part in a run until the server has all its rounds, evaluating when the plan says so and once at the end.
+
+    A client whose state was kept goes on where it stopped, with the batch that comes next. If the run ended while it
+    was away, nothing is left to do.
 
     Args:
         client: a started client.
         train: the device's training samples.
         test: its test samples, or None. Evaluations before the end take the first 256 of them.
         seed: order of the batches, together with the device's name.
-        shift: augmentation, see ``batches``.
+        shift: augmentation, see ``batches``; a frozen front sends each sample once, as it is.
         measure_clean: evaluate once more at the end with unperturbed inputs (these activations are unprotected).
         on_event: called with a plain dictionary after every step and evaluation.
 
     Raises:
-        BatchError, RefusedError, TransportError: as in ``EdgeClient.train_step``.
+        BatchError, RefusedError, StateError, TransportError: as in ``EdgeClient.train_step``.
     """
-    plan = client.plan
-    order = batches(train, plan.batch, seed=seed, device=client.device, shift=shift)
-    done = 0
-    client.tell(status="training", round=0)
-    while done < plan.rounds:
-        batch = next(order)
-        step = client.train_step(batch.x, batch.y)
-        if step is None:
-            break
-        done = step.round
-        on_event({"event": "step", "step": step.step, "round": done, "loss": step.loss, "resent": step.resent})
-        if test is not None and plan.evaluate_every and done % plan.evaluate_every == 0 and done < plan.rounds:
-            figures = evaluate(client, test.take(np.arange(min(len(test), _INTERIM_SAMPLES)))).as_fields()
-            client.tell(round=done, evaluation=figures)
-            on_event({"event": "evaluation", "round": done, **figures})
+    if client.plan.status == "finished":
+        on_event({"event": "over", "round": client.round, "left": len(client.state.outbox)})
+        client.finish_run()
+        return
+    client.tell(status="training", round=client.round)
+    if client.plan.fronts == "frozen":
+        _store(client, train, seed, on_event)
+    else:
+        _train(client, train, test, seed, shift, on_event)
     final: dict[str, Any] = {}
     if test is not None:
         final["evaluation"] = evaluate(client, test).as_fields()
-        on_event({"event": "evaluation", "round": done, **final["evaluation"]})
+        on_event({"event": "evaluation", "round": client.round, **final["evaluation"]})
         if measure_clean:
             final["clean"] = evaluate(client, test, epsilon=0.0).as_fields()
-            on_event({"event": "clean", "round": done, **final["clean"]})
+            on_event({"event": "clean", "round": client.round, **final["clean"]})
     client.tell(
         status="done",
-        round=done,
+        round=client.round,
         steps=client.steps,
         bytes_sent=client.traffic.bytes_sent,
         bytes_received=client.traffic.bytes_received,
         bytes_per_sample=client.bytes_per_sample,
         **final,
     )
+    client.finish_run()
+
+
+def _train(
+    client: EdgeClient,
+    train: Samples,
+    test: Samples | None,
+    seed: int,
+    shift: int,
+    on_event: Callable[[Event], None],
+) -> None:
+    """Train the front, round after round."""
+
+    def report(step: TrainStep) -> None:
+        on_event({"event": "step", "step": step.step, "round": step.round, "loss": step.loss, "resent": step.resent})
+
+    plan = client.plan
+    resumed = client.resume()
+    if resumed is not None:
+        report(resumed)
+    order = batches(train, plan.batch, seed=seed, device=client.device, shift=shift, skip=client.batches)
+    while client.round < plan.rounds:
+        batch = next(order)
+        try:
+            step = client.train_step(batch.x, batch.y, samples=len(train))
+        except RefusedError as exc:
+            if exc.reason != "turn":
+                raise
+            on_event({"event": "turn", "why": str(exc)})
+            continue
+        if step is None:
+            break
+        report(step)
+        due = plan.evaluate_every and step.round % plan.evaluate_every == 0 and step.round < plan.rounds
+        if test is not None and due:
+            figures = evaluate(client, test.take(np.arange(min(len(test), _INTERIM_SAMPLES)))).as_fields()
+            client.tell(round=step.round, evaluation=figures)
+            on_event({"event": "evaluation", "round": step.round, **figures})
+    if plan.fronts in ("shared", "relay"):
+        client.synchronise(samples=len(train))
+
+
+def _store(client: EdgeClient, train: Samples, seed: int, on_event: Callable[[Event], None]) -> None:
+    """Send each sample once and wait until the server has trained on them."""
+    client.resume()
+    order = shuffled(train, seed=seed, device=client.device)
+    size = client.plan.batch
+    for first in range(client.sent, len(order), size):
+        part = order.take(np.arange(first, min(first + size, len(order))))
+        client.store(part.x, part.y, first=first, total=len(order))
+        on_event({"event": "stored", "samples": client.sent, "of": len(order)})
+    client.flush()
+    while client.plan.status not in ("evaluating", "finished"):
+        client.listen(1.0)
+    client.state.note({"round": client.plan.rounds})

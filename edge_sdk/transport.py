@@ -136,8 +136,23 @@ class Transport(Protocol):
     def max_packet_bytes(self) -> int:
         """Largest packet (topic, payload, 64 bytes more) that ``publish`` takes; may shrink in ``open``."""
 
+    @property
+    def refused_messages(self) -> int:
+        """Messages that the broker refused to pass on (MQTT 5: PUBACK with a reason, by its ACL or a quota).
+
+        They are not sent again, and the first is logged with its topic. A broker that speaks MQTT 3.1.1 drops
+        such a message in silence, and this stays 0.
+        """
+
+    @property
+    def refused_patterns(self) -> tuple[str, ...]:
+        """Subscriptions that were made and that the broker does not grant now; ``receive`` raises for them."""
+
     def open(self, will: Will | None = None) -> None:
         """Connect, and keep connected until ``close``.
+
+        The broker's session is taken up where it still has one: what it kept for this client id since an
+        earlier connection, of an earlier process too, arrives before anything is subscribed.
 
         Raises:
             TransportError: no broker within ``connect_timeout_s``, or one that refuses for good.
@@ -146,12 +161,20 @@ class Transport(Protocol):
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Hand a message over for delivery at least once (QoS 1); returns before it is delivered.
 
+        A full queue (``max_queued``) is waited for while the broker is connected. A packet that is too large
+        is refused here: a broker would end the connection at each attempt to send it.
+
         Raises:
-            TransportError: a packet above ``max_packet_bytes``, a topic that is none, a full queue, not open.
+            TransportError: a packet above ``max_packet_bytes``, a topic that is none, not open; a full queue
+                without a connection, or with a broker that takes nothing for ``connect_timeout_s``.
         """
 
     def subscribe(self, pattern: str) -> None:
         """Receive what is published on a topic pattern (``+``, ``#``) from now on, and after every reconnect.
+
+        Without a connection it returns at once, and ``receive`` tells what the broker says later. A broker may
+        also grant what its ACL forbids and then send nothing, as Mosquitto does with an ``acl_file`` (its
+        dynamic security plugin refuses).
 
         Raises:
             TransportError: the pattern is none, or the broker refuses it.
@@ -160,8 +183,15 @@ class Transport(Protocol):
     def receive(self, timeout_s: float) -> Received | None:
         """The next message, or None when none came within ``timeout_s``.
 
+        Not to receive for long is harmless to the connection. But a broker sends only so many messages that are
+        not acknowledged, and whoever holds back that many acknowledgements waits in vain for the next message:
+        ``max_received`` under MQTT 5, the broker's own limit under 3.1.1 (Mosquitto: ``max_inflight_messages``,
+        20 unless configured).
+
         Raises:
-            TransportError: the transport is not open.
+            TransportError: the transport is not open; or the broker refuses a subscription that it had granted,
+                or that was made without a connection. That is raised once each time the broker was asked: at
+                every reconnect, and while connected about every 30 s. Other messages can still be received.
         """
 
     def close(self) -> None:

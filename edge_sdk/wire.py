@@ -14,7 +14,18 @@ and ``topic`` from ``topics.parse``.
 from __future__ import annotations
 
 from edge_sdk.body import to_body
-from edge_sdk.chunks import VERSION, Assembler, Frame, cut, decode_body, decode_frame
+from edge_sdk.chunks import (
+    VERSION,
+    Assembler,
+    ForeignFrame,
+    Frame,
+    cut,
+    decode_body,
+    decode_frame,
+    foreign_version,
+    unknown_kind,
+    version_conflict,
+)
 from edge_sdk.limits import DEFAULT_LIMITS, Limits
 from edge_sdk.messages import KINDS, Kind, Message, TensorRule
 
@@ -23,6 +34,7 @@ __all__ = [
     "KINDS",
     "VERSION",
     "Assembler",
+    "ForeignFrame",
     "Frame",
     "Kind",
     "Limits",
@@ -31,6 +43,9 @@ __all__ = [
     "decode_body",
     "decode_frame",
     "encode",
+    "foreign_version",
+    "unknown_kind",
+    "version_conflict",
 ]
 
 

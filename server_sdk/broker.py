@@ -7,10 +7,9 @@ anonymous clients. Production runs a broker that its operator configures.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import errno
-import logging
+import json
 import os
 import shutil
 import signal
@@ -20,10 +19,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from server_sdk.child import Child
 from server_sdk.errors import BrokerError, ServerError
@@ -34,6 +33,7 @@ Kind = Literal["auto", "mosquitto", "amqtt"]
 
 _HOST = "127.0.0.1"
 _CONNECT_311 = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05probe"  # clean session, keepalive 5 s, id "probe"
+_OPEN = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
 _TRIES = 5  # for a port that another process takes between choosing and binding
 
 _MOSQUITTO_CONF = """\
@@ -64,6 +64,7 @@ class EmbeddedBroker:
         kind: "mosquitto", "amqtt", or "auto": Mosquitto if it is installed, else amqtt.
         port: TCP port on 127.0.0.1; 0 chooses a free one.
         options: further lines for mosquitto.conf (a second listener, a password file, a limit).
+        plugins: amqtt's plugins (users, ACL): their options by the name of the class; None lets everybody in.
         timeout_s: how long it may take to answer its first client.
 
     Raises:
@@ -71,7 +72,13 @@ class EmbeddedBroker:
     """
 
     def __init__(
-        self, kind: Kind = "auto", port: int = 0, *, options: Sequence[str] = (), timeout_s: float = 15.0
+        self,
+        kind: Kind = "auto",
+        port: int = 0,
+        *,
+        options: Sequence[str] = (),
+        plugins: Mapping[str, Mapping[str, Any]] | None = None,
+        timeout_s: float = 15.0,
     ) -> None:
         if kind not in ("auto", "mosquitto", "amqtt"):
             raise BrokerError(f"broker {kind!r} is unknown: use auto, mosquitto or amqtt")
@@ -82,11 +89,14 @@ class EmbeddedBroker:
             raise BrokerError("mosquitto is not installed: apt install mosquitto, or use kind='amqtt'")
         if options and self._mosquitto is None:
             raise BrokerError("options are lines of mosquitto.conf, and mosquitto is not used: install it or omit them")
+        if plugins is not None and self._mosquitto is not None:
+            raise BrokerError("plugins are amqtt's, and mosquitto is used: choose kind='amqtt' or omit them")
         self.kind: Literal["mosquitto", "amqtt"] = "mosquitto" if self._mosquitto else "amqtt"
         self.host = _HOST
         self.port = port
         self._any_port = port == 0
         self._options = tuple(options)
+        self._plugins = _OPEN if plugins is None else plugins
         self._timeout_s = timeout_s
         self._directory: Path | None = None
         self._child: Child | None = None
@@ -163,7 +173,9 @@ class EmbeddedBroker:
             conf.write_text(lines + "".join(f"{line}\n" for line in self._options))
             command = [self._mosquitto, "-c", str(conf)]
         else:
-            command = [sys.executable, "-m", "server_sdk.broker", "--kind", "amqtt", "--port", str(self.port)]
+            plugins = json.dumps({name: dict(chosen) for name, chosen in self._plugins.items()})
+            program = Path(__file__).with_name("amqtt_child.py")  # -P: its folder hides no module from amqtt
+            command = [sys.executable, "-P", str(program), f"{self.host}:{self.port}", plugins]
         try:
             with (directory / "log").open("wb") as log:
                 self._child = Child(command, stdout=log, stderr=subprocess.STDOUT)
@@ -234,38 +246,12 @@ def _connack(host: str, port: int, timeout_s: float) -> bool:
         return False
 
 
-async def _serve_amqtt(port: int) -> None:
-    from amqtt.broker import Broker
-
-    broker = Broker(
-        {
-            "listeners": {"default": {"type": "tcp", "bind": f"{_HOST}:{port}"}},
-            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-        }
-    )
-    await broker.start()
-    await asyncio.Event().wait()  # it keeps nothing, a signal may simply end it
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a broker in the foreground until a signal: ``python -m server_sdk.broker --port 1883``."""
     parser = argparse.ArgumentParser(prog="python -m server_sdk.broker", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kind", choices=("auto", "mosquitto", "amqtt"), default="auto", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=1883, help="on 127.0.0.1, 0 for a free one; default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.kind == "amqtt" and options.port:
-        logging.basicConfig(level=logging.ERROR)
-        logging.getLogger("transitions").setLevel(logging.ERROR)
-        try:
-            _require_free(options.port)
-            asyncio.run(_serve_amqtt(options.port))
-        except ImportError as exc:
-            print(f"amqtt is not installed ({exc}): pip install 'psgl[server]'", file=sys.stderr)
-        except BrokerError as exc:
-            print(exc, file=sys.stderr)
-        except KeyboardInterrupt:
-            return 0
-        return 1
     try:
         with EmbeddedBroker(options.kind, options.port) as broker:
             print(f"{broker.kind} listens on {broker.host}:{broker.port}; Ctrl-C ends it", flush=True)

@@ -7,21 +7,39 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_sdk.bundle import load_bundle
-from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, require, run
+from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, require, run, stop_on_signals
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 
+if TYPE_CHECKING:
+    from server_sdk.journal import Kept
+    from server_sdk.trainer import Trainer
+
 __all__ = ["main"]
+
+_LEAST = {
+    "devices": 1,
+    "rounds": 1,
+    "batch": 1,
+    "evaluate_every": 0,
+    "threads": 1,
+    "synchronise_every": 1,
+    "checkpoint_every": 1,
+    "seed": 0,
+}
 
 _EXAMPLES = """\
   psgl-server train net.psgl --devices 3 --rounds 300 --host broker.clinic.example --ca ca.pem \\
       --user trainer --password-file pw
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first          (a broker on this machine, port 1883)
+  psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first --resume      (after a crash or Ctrl-C)
+  psgl-server log inspect runs/first
 """
 
 
@@ -55,18 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="adam",
         help="of the back layers (default %(default)s)",
     )
-    train.add_argument(
-        "--deadline-s",
-        type=float,
-        default=60.0,
-        help="a round waits this long for absent devices (default %(default)s)",
-    )
-    train.add_argument(
-        "--idle-s",
-        type=float,
-        default=600.0,
-        help="end when no device says anything for (default %(default)s)",
-    )
+    train.add_argument("--seed", type=int, default=0, help="order of stored samples (default %(default)s)")
+    _add_fleet_options(train)
+    _add_durability_options(train)
     train.add_argument(
         "--codec",
         choices=("float32", "float16"),
@@ -95,20 +104,139 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out",
         type=Path,
         default=Path("runs/server"),
-        help="folder of server.safetensors and result.json (default %(default)s)",
+        help="folder of the run: log, checkpoints, server.safetensors, result.json (default %(default)s)",
     )
     train.add_argument("--json", action="store_true", help="print every event as one JSON line instead of the display")
     add_broker_options(train)
     add_debug(train)
+    _add_log_command(commands)
     arguments = parser.parse_args(argv)
-    return run(lambda: _train(arguments), debug=getattr(arguments, "debug", False))
+    command = _train if arguments.command == "train" else _inspect
+    return run(lambda: command(arguments), debug=getattr(arguments, "debug", False))
+
+
+def _add_fleet_options(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("schedule and fronts")
+    group.add_argument(
+        "--schedule",
+        choices=("rounds", "async"),
+        default="rounds",
+        help="one optimizer step for a batch of every device, or for each batch as it comes (default %(default)s)",
+    )
+    group.add_argument(
+        "--fronts",
+        choices=("own", "shared", "relay", "frozen"),
+        default="own",
+        help="each device trains its own; all share the mean; one device at a time hands it on; "
+        "none is trained and each sample crosses the wire once (default %(default)s)",
+    )
+    group.add_argument(
+        "--synchronise-every",
+        type=int,
+        default=10,
+        metavar="ROUNDS",
+        help="rounds between two means of shared fronts, or of a device's turn in relay (default %(default)s)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=("equal", "samples"),
+        default="equal",
+        help="each device counts the same, or by the number of its samples (default %(default)s)",
+    )
+    group.add_argument(
+        "--deadline-s",
+        type=float,
+        default=60.0,
+        help="a round, a mean or a turn waits this long for a silent device (default %(default)s)",
+    )
+    group.add_argument(
+        "--idle-s",
+        type=float,
+        default=600.0,
+        help="end when no device says anything for (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-norm",
+        type=float,
+        help="largest L2 norm of one sample's activations (default: no limit but the wire's)",
+    )
+    group.add_argument(
+        "--when-large",
+        choices=("refuse", "clip"),
+        default="refuse",
+        help="what becomes of samples above --max-norm (default %(default)s)",
+    )
+
+
+def _add_durability_options(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("what a crash may cost")
+    group.add_argument("--resume", action="store_true", help="go on with the run that --out holds, if it holds one")
+    group.add_argument("--fresh", action="store_true", help="forget the run that --out holds and begin a new one")
+    group.add_argument(
+        "--durability",
+        choices=("log", "checkpoint", "off"),
+        default="log",
+        help="nothing is lost; what came after the last checkpoint; the whole run (default %(default)s)",
+    )
+    group.add_argument(
+        "--sync",
+        default="never",
+        metavar="WHEN",
+        help="when the log reaches the disk itself, against a loss of power: never, checkpoint, always or "
+        "a number of milliseconds for which several records may wait (default %(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint-every", type=int, default=50, metavar="ROUNDS", help="rounds (default %(default)s)"
+    )
+    group.add_argument(
+        "--keep-log", action="store_true", help="keep every record, to replay the run later; it holds activations"
+    )
+
+
+def _add_log_command(commands: Any) -> None:
+    about = "Show what a run's folder holds: records, checkpoints, damage. Never shows activations or labels."
+    examples = "  psgl-server log inspect runs/server --limit 20\n  psgl-server log inspect runs/server --json\n"
+    log = commands.add_parser("log", help="look into a run's log", description=about)
+    actions = log.add_subparsers(dest="action", required=True, metavar="ACTION")
+    inspect = actions.add_parser(
+        "inspect",
+        help="list records and checkpoints",
+        description=about,
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("folder", type=Path, help="the --out of psgl-server train")
+    inspect.add_argument("--from", dest="start", type=int, default=1, metavar="POSITION", help="first record to show")
+    inspect.add_argument("--limit", type=int, metavar="N", help="show at most so many records")
+    inspect.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_debug(inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    require("server", "torch", "safetensors")
+    from server_sdk.inspection import print_log
+
+    if not arguments.folder.is_dir():
+        raise ConfigError(f"there is no folder {arguments.folder}: give the --out of psgl-server train")
+    print_log(
+        arguments.folder,
+        as_json=arguments.json,
+        limit=arguments.limit,
+        start=arguments.start,
+        stream=sys.stdout,
+    )
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
     require("server", "torch", "safetensors", "rich")
-    for option, least in (("devices", 1), ("rounds", 1), ("batch", 1), ("evaluate_every", 0), ("threads", 1)):
+    for option, least in _LEAST.items():
         if getattr(arguments, option) < least:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}")
+    if arguments.resume and arguments.fresh:
+        raise ConfigError("--resume and --fresh contradict each other: give one of them")
+    if arguments.fronts == "frozen" and arguments.durability != "log":
+        raise ConfigError("--fronts frozen trains from the log: leave out --durability")
     bundle = load_bundle(arguments.bundle)
     if arguments.batch > bundle.manifest.max_batch:
         raise ConfigError(f"--batch is at most {bundle.manifest.max_batch} for this bundle")
@@ -116,8 +244,11 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch
 
     from server_sdk.assembly import back_path, trainer_from
+    from server_sdk.journal import Durability, Journal
     from server_sdk.progress import RunDisplay, megabytes
-    from server_sdk.service import TrainingPlan, TrainingService
+    from server_sdk.screening import Screen
+    from server_sdk.service import TrainingService
+    from server_sdk.training_run import TrainingPlan
 
     keep_freed_memory(1 << 30)
     torch.set_num_threads(arguments.threads)
@@ -137,8 +268,11 @@ def _train(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
         batch=arguments.batch,
         evaluate_every=arguments.evaluate_every,
-        deadline_s=arguments.deadline_s,
-        idle_s=arguments.idle_s,
+        schedule=arguments.schedule,
+        fronts=arguments.fronts,
+        synchronise_every=arguments.synchronise_every,
+        weights=arguments.weights,
+        seed=arguments.seed,
         codec=arguments.codec,
         chunk_bytes=arguments.chunk_bytes,
     )
@@ -151,15 +285,33 @@ def _train(arguments: argparse.Namespace) -> int:
         else:
             display.show(event)
 
-    service = TrainingService(bundle, trainer, transport, plan, fleet=arguments.fleet, on_event=show)
-    with display or contextlib.nullcontext():
+    kept = _kept(arguments)
+    if kept is not None and kept.finished:
+        print(f"{arguments.out} holds run {kept.run}, which is finished: begin a new one with --fresh")
+        return 0
+    durability = Durability(arguments.durability, _sync(arguments.sync), arguments.checkpoint_every, arguments.keep_log)
+    with display or contextlib.nullcontext(), closing(Journal(arguments.out, durability, on_event=show)) as journal:
+        service = TrainingService(
+            bundle,
+            trainer,
+            transport,
+            plan,
+            journal=journal,
+            resume=None if kept is None else kept.run,
+            fleet=arguments.fleet,
+            deadline_s=arguments.deadline_s,
+            idle_s=arguments.idle_s,
+            screen=Screen(arguments.max_norm, arguments.when_large),
+            on_event=show,
+        )
+        stop_on_signals(service.stop)
         figures = service.run()
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        trainer.save(arguments.out / "server.safetensors")
-        (arguments.out / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
-    except OSError as exc:
-        raise ConfigError(f"{arguments.out} cannot be written: {exc.strerror or exc}") from exc
+        if figures["finished"]:
+            _save(arguments.out, trainer, figures)
+            service.finish()
+    if not figures["finished"]:
+        print(f"stopped after round {figures['rounds']}: go on with --resume", file=sys.stderr, flush=True)
+        return 130
     if display is None:
         show({"event": "end", **figures})
     else:
@@ -171,6 +323,39 @@ def _train(arguments: argparse.Namespace) -> int:
             + f": {arguments.out / 'server.safetensors'}"
         )
     return 0
+
+
+def _kept(arguments: argparse.Namespace) -> Kept | None:
+    """The run to go on with, or None for a new one, for which the folder is then empty."""
+    from server_sdk.journal import Journal
+
+    kept = None if arguments.fresh else Journal.kept(arguments.out)
+    if kept is not None and arguments.resume:
+        return kept
+    if kept is not None and not kept.finished:
+        raise ConfigError(
+            f"{arguments.out} holds run {kept.run}, stopped after round {kept.round}: go on with --resume, "
+            "forget it with --fresh, or take another --out"
+        )
+    Journal.forget(arguments.out)
+    return None
+
+
+def _save(folder: Path, trainer: Trainer, figures: dict[str, Any]) -> None:
+    try:
+        trainer.save(folder / "server.safetensors")
+        (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
+    except OSError as exc:
+        raise ConfigError(f"{folder} cannot be written: {exc.strerror or exc}") from exc
+
+
+def _sync(text: str) -> str | float:
+    if text in ("never", "checkpoint", "always"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--sync is never, checkpoint, always or a number of milliseconds, not {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -6,18 +6,30 @@ A device is who the topic says it is (the broker's access rules protect topics),
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from edge_sdk import topics
 from edge_sdk.errors import WireError
 from edge_sdk.transport import Received
-from edge_sdk.wire import Assembler, Limits, Message, decode_frame
+from edge_sdk.wire import (
+    Assembler,
+    Frame,
+    Limits,
+    Message,
+    decode_body,
+    decode_frame,
+    foreign_version,
+    unknown_kind,
+    version_conflict,
+)
+from server_sdk.rates import Rates
+from server_sdk.screening import Screen
 
-__all__ = ["Arrival", "Inbox", "Refusal"]
+__all__ = ["Arrival", "Gap", "Inbox", "Refusal"]
 
-MAX_ACTIVATION = 1e6
+_STEPS = ("train", "store", "front", "infer")
+_MAX_TOTAL = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -26,11 +38,18 @@ class Arrival:
 
     Attributes:
         device: from the topic.
-        message: of kind ``train``, ``infer`` or ``state``.
+        message: of kind ``train``, ``store``, ``front``, ``infer`` or ``state``.
+        body: its bytes, as they came.
     """
 
     device: str
     message: Message
+    body: bytes = field(default=b"", repr=False)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """(device, session, step): which step it is."""
+        return self.device, self.message.session, self.message.step
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Refusal:
     """A whole message that the run cannot take, and the answer that its device deserves.
 
     Attributes:
-        reason: short code (``run``, ``shape``, ``range``, ``labels``).
+        reason: short code (``run``, ``shape``, ``range``, ``labels``, ``version``, ``kind``).
         detail: one sentence for the device's operator.
     """
 
@@ -47,6 +66,20 @@ class Refusal:
     step: int
     reason: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The last chunk of a message has come and others have not.
+
+    Attributes:
+        chunks: numbers of those that are missing, from 0.
+    """
+
+    device: str
+    session: str
+    step: int
+    chunks: tuple[int, ...]
 
 
 @dataclass
@@ -59,6 +92,9 @@ class Inbox:
         cut_shape: shape of one sample's activations.
         classes: number of classes K.
         max_batch: largest number of samples in one step.
+        front: shape of each of the front's tensors by name.
+        screen: which activations are too large.
+        rates: how much a device may send.
         max_devices: devices beyond this number are not listened to.
         limits: of the wire.
     """
@@ -68,6 +104,9 @@ class Inbox:
     cut_shape: tuple[int, ...]
     classes: int
     max_batch: int
+    front: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    screen: Screen = field(default_factory=Screen)
+    rates: Rates = field(default_factory=Rates)
     max_devices: int = 1024
     limits: Limits = field(default_factory=Limits)
     rejected: Counter[str] = field(default_factory=Counter)
@@ -75,7 +114,7 @@ class Inbox:
     def __post_init__(self) -> None:
         self._assemblers: dict[tuple[str, str], Assembler] = {}
 
-    def take(self, received: Received) -> Arrival | Refusal | None:
+    def take(self, received: Received) -> Arrival | Refusal | Gap | None:
         """Take one MQTT message; None while a message is incomplete or when it was rejected (and counted)."""
         try:
             topic = topics.parse(received.topic)
@@ -84,52 +123,81 @@ class Inbox:
         except WireError as exc:
             self.rejected[exc.reason] += 1
             return None
+        if not self.rates.allow(topic.device, len(received.payload)):
+            self.rejected["rate"] += 1
+            return None
         source = (topic.device, topic.channel)
         if source not in self._assemblers and len(self._assemblers) >= 2 * self.max_devices:
             self.rejected["devices"] += 1
             return None
         assembler = self._assemblers.setdefault(source, Assembler(self.limits))
         try:
-            message = assembler.add(decode_frame(received.payload, self.limits))
+            frame = decode_frame(received.payload, self.limits)
+            body = assembler.whole(frame)
+            if body is None:
+                return _gap(topic.device, frame, assembler)
+            message = decode_body(frame, body, self.limits)
         except WireError as exc:
             self.rejected[exc.reason] += 1
-            return None
-        if message is None:
-            return None
-        expected = ("state",) if topic.channel == "state" else ("train", "infer")
-        if message.kind not in expected:
+            return _foreign(topic.device, received.payload) if topic.channel == "step" else None
+        if message.kind not in (("state",) if topic.channel == "state" else _STEPS):
             self.rejected["kind"] += 1
             return None
         if message.kind == "state":
-            return Arrival(topic.device, message)
-        return self._check(topic.device, message)
+            return Arrival(topic.device, message, body)
+        wrong = self._wrong(message)
+        if wrong is not None:
+            self.rejected[wrong[0]] += 1
+            return Refusal(topic.device, message.session, message.step, *wrong)
+        return Arrival(topic.device, message, body)
 
-    def _check(self, device: str, message: Message) -> Arrival | Refusal:
-        reason, detail = "", ""
-        activations = message.tensors["activations"]
-        labels = message.tensors.get("labels")
+    def _wrong(self, message: Message) -> tuple[str, str] | None:
+        """Reason and detail of why the run cannot take a step."""
         if message.run != self.run:
-            reason, detail = "run", f"this server trains run {self.run}: start the device again to join it"
-        elif activations.shape[1:] != self.cut_shape or not 1 <= len(activations) <= self.max_batch:
+            return "run", f"this server trains run {self.run}: start the device again to join it"
+        if message.kind == "front":
+            shapes = {name: tensor.shape for name, tensor in message.tensors.items()}
+            if shapes and shapes != dict(self.front):
+                return "shape", "the front is not of this server's bundle: copy that bundle to the device"
+            return None
+        activations = message.tensors["activations"]
+        if activations.shape[1:] != self.cut_shape or not 1 <= len(activations) <= self.max_batch:
             expected = "x".join(map(str, self.cut_shape))
             got = "x".join(map(str, activations.shape))
-            reason, detail = (
+            return (
                 "shape",
                 f"activations are 1 to {self.max_batch} samples of {expected}, got {got}: use the server's bundle",
             )
-        elif float(np.abs(activations).max()) > MAX_ACTIVATION:
-            reason, detail = (
-                "range",
-                f"activations beyond {MAX_ACTIVATION:g}: the front has diverged, start it from the bundle again",
-            )
-        elif message.kind == "train" and (
-            labels is None or labels.shape != (len(activations),) or int(labels.max()) >= self.classes
-        ):
-            reason, detail = (
-                "labels",
-                f"a training step needs one label from 0 to {self.classes - 1} for each sample",
-            )
-        if reason:
-            self.rejected[reason] += 1
-            return Refusal(device, message.session, message.step, reason, detail)
-        return Arrival(device, message)
+        try:
+            self.screen.check(activations)
+        except WireError as exc:
+            return exc.reason, str(exc)
+        if message.kind == "infer":
+            return None
+        labels = message.tensors["labels"]
+        if labels.shape != (len(activations),) or int(labels.max()) >= self.classes:
+            return "labels", f"a training step needs one label from 0 to {self.classes - 1} for each sample"
+        if message.kind == "store":
+            first, total = message.fields["first"], message.fields["total"]
+            if first + len(activations) > total or total > _MAX_TOTAL:
+                return "range", f"samples {first} to {first + len(activations) - 1} of {total} cannot be: count from 0"
+        return None
+
+
+def _foreign(device: str, payload: bytes) -> Refusal | None:
+    """The answer to a frame of another protocol version or of an unknown kind, where it says which step it is."""
+    other, unknown = foreign_version(payload), unknown_kind(payload)
+    frame = other or unknown
+    if frame is None or frame.session is None or frame.step is None:
+        return None
+    detail = version_conflict([frame.version], here="server", there="device")
+    if detail is not None:
+        return Refusal(device, frame.session, frame.step, "version", detail)
+    detail = f"this server knows no message of kind {frame.kind!r}: upgrade psgl on the server"
+    return Refusal(device, frame.session, frame.step, "kind", detail)
+
+
+def _gap(device: str, frame: Frame, assembler: Assembler) -> Gap | None:
+    if frame.index < frame.count - 1:
+        return None
+    return Gap(device, frame.session, frame.step, tuple(assembler.missing(frame.key)))

@@ -87,7 +87,7 @@ def run_fleet(options: FleetOptions, broker: EmbeddedBroker, run: FleetRun) -> I
             "server",
             "server_sdk.cli",
             [
-                *("train", str(options.bundle), "--json", "--out", str(folder)),
+                *("train", str(options.bundle), "--json", "--out", str(folder), "--fresh"),
                 *("--devices", str(len(options.shards)), *options.server),
             ],
             piped=True,
@@ -101,6 +101,7 @@ def run_fleet(options: FleetOptions, broker: EmbeddedBroker, run: FleetRun) -> I
                 "edge_sdk.cli",
                 [
                     *("run", str(options.bundle), "--data", str(shard), "--device", name, "--json"),
+                    *("--state", str(folder / f"{name}.sqlite"), "--fresh"),
                     *(
                         "--save-front",
                         str(folder / f"{name}.front.cbor"),

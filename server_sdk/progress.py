@@ -105,8 +105,16 @@ class RunDisplay:
                     highlight=False,
                     soft_wrap=True,
                 )
-        elif kind in ("refused", "unsent", "broker"):
+        elif kind == "stored":
+            self._devices.setdefault(event["device"], {})["stored"] = event["samples"]
+        elif kind in ("refused", "rejected", "unsent", "broker"):
             self._note(f"{event.get('device') or event.get('topic') or 'broker'}: {event['why']}")
+        elif kind == "disk":
+            self._note("the disk takes records again" if event["ok"] else f"{event['why']}; devices keep their steps")
+        elif kind == "note":
+            self._note(event["text"])
+        elif kind == "resumed":
+            self._note(f"resumed after round {event['round']}, {event['records']} records in {event['seconds']:.1f} s")
 
     def _note(self, text: str) -> None:
         self._notes = [*self._notes[-2:], text]
@@ -132,6 +140,7 @@ class RunDisplay:
                     name,
                     status,
                     f"round {device.get('round', 0)}",
+                    f"{device['stored']} samples stored" if "stored" in device else "",
                 )
             parts.append(devices)
         parts.extend(Text(note, style="yellow") for note in self._notes)

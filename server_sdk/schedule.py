@@ -1,85 +1,144 @@
-"""The ``rounds`` schedule: one batch of every device, in the order of their names, makes one optimizer step.
+"""When a round may begin: whom it waits for, and for how long.
 
-The result depends on the seed and on who took part, not on the order in which messages arrived.
+A schedule looks at clocks and at who is there; what it decides becomes a record of the log, and from then on the log
+alone says what happened. So the result of a run depends on who took part, not on the order in which messages arrived.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from edge_sdk.wire import Message
-from server_sdk.inbox import Arrival
+from server_sdk.fronts import next_holder
+from server_sdk.training_run import TrainingRun
 
-__all__ = ["Round", "Rounds"]
+__all__ = ["SCHEDULES", "Gathering", "Proposal", "Schedule"]
 
-
-@dataclass(frozen=True)
-class Round:
-    """The steps of one round.
-
-    Attributes:
-        steps: one of each device that took part, ordered by device name.
-        absent: devices whose step did not come before the deadline.
-    """
-
-    steps: tuple[Arrival, ...]
-    absent: tuple[str, ...]
+SCHEDULES = ("rounds", "async")
+"""``rounds``: one batch of every device makes one optimizer step. ``async``: each batch makes one, as it comes."""
 
 
-class Rounds:
-    """Collect steps until a round is complete or its deadline is over.
+class Gathering:
+    """Wait until everyone is there or the patience is over.
 
     Args:
-        devices: number of devices that the run waits for before its first round.
-        deadline_s: how long a round waits for the rest after its first step came.
+        deadline_s: how long to wait for the rest after the first has come.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, devices: int, *, deadline_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._expected = devices
+    def __init__(self, deadline_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._deadline_s = deadline_s
         self._clock = clock
-        self._waiting: dict[str, Message] = {}
-        self._members: set[str] = set()
-        self._opened = 0.0
-        self._started = False
+        self._since: float | None = None
 
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Devices that a round waits for, by name."""
-        return tuple(sorted(self._members))
+    def again(self) -> None:
+        """Let the patience begin anew."""
+        self._since = None
 
-    def offer(self, arrival: Arrival) -> bool:
-        """Take a device's step into the open round; a newer step of the same device replaces the older.
+    def over(self, present: Collection[str], awaited: Collection[str], *, least: int = 1) -> bool:
+        """Whether to go on with those who are present; called again and again while they gather.
 
-        Returns:
-            False if this very step already waits.
+        Args:
+            present: who has come.
+            awaited: who is waited for until the deadline.
+            least: nothing begins with fewer than this, deadline or not.
         """
-        waiting = self._waiting.get(arrival.device)
-        key = (arrival.message.session, arrival.message.step)
-        if waiting is not None and (waiting.session, waiting.step) == key:
+        if not present:
+            self._since = None
             return False
-        if not self._waiting:
-            self._opened = self._clock()
-        self._waiting[arrival.device] = arrival.message
-        self._members.add(arrival.device)
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        if len(present) < least:
+            return False
+        if not set(awaited) <= set(present) and now - self._since < self._deadline_s:
+            return False
+        self._since = None
         return True
 
-    def close(self) -> Round | None:
-        """The next round if it is complete or over its deadline, else None."""
-        if not self._waiting:
+
+@dataclass(frozen=True)
+class Proposal:
+    """What should happen next: kind and fields of a record."""
+
+    kind: str
+    fields: dict[str, Any]
+
+
+class Schedule:
+    """Decide what the run does next.
+
+    Args:
+        deadline_s: how long a round, a mean of the fronts or a turn waits for a device that says nothing.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, deadline_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._round = Gathering(deadline_s, clock=clock)
+        self._fronts = Gathering(deadline_s, clock=clock)
+        self._turn = ("", -1)
+
+    def next(self, run: TrainingRun) -> Proposal | None:
+        """The next record, or None while there is nothing to do but wait."""
+        if run.plan.fronts == "frozen":
+            return self._epoch(run)
+        if run.plan.fronts == "shared":
+            proposal = self._mean(run)
+        elif run.plan.fronts == "relay":
+            proposal = self._hand_over(run)
+        else:
+            proposal = None
+        return proposal or self._train(run)
+
+    def _train(self, run: TrainingRun) -> Proposal | None:
+        if run.over or not run.waiting:
+            self._round.again()
             return None
-        complete = self._members <= set(self._waiting)
-        if not self._started and len(self._members) < self._expected:
+        if run.plan.schedule == "async" or run.plan.fronts == "relay":
+            return _round(run, [next(iter(run.waiting))], [])
+        least = 1 if run.round else run.plan.devices
+        if not self._round.over(run.waiting, run.members, least=least):
             return None
-        if not complete and self._clock() - self._opened < self._deadline_s:
+        return _round(run, sorted(run.waiting), sorted(run.members - run.waiting.keys()))
+
+    def _epoch(self, run: TrainingRun) -> Proposal | None:
+        if run.over or run.store.ready:
             return None
-        self._started = True
-        steps = tuple(Arrival(name, self._waiting[name]) for name in sorted(self._waiting))
-        absent = tuple(sorted(self._members - set(self._waiting)))
-        # Whoever missed a deadline is waited for again only after its next step.
-        self._members -= set(absent)
-        self._waiting = {}
-        return Round(steps, absent)
+        complete = run.store.complete
+        if not run.store.epoch and not self._round.over(complete, run.store.devices, least=run.plan.devices):
+            return None
+        return Proposal("epoch", {"number": run.store.epoch + 1, "samples": len(run.store)})
+
+    def _mean(self, run: TrainingRun) -> Proposal | None:
+        if not self._fronts.over(run.fronts, run.owing | run.fronts.keys()):
+            return None
+        return _synchronise(run, sorted(run.fronts), mean=True)
+
+    def _hand_over(self, run: TrainingRun) -> Proposal | None:
+        if self._turn != (run.holder, run.round):
+            self._turn = (run.holder, run.round)
+            self._fronts.again()
+        awaited = {run.holder, *run.fronts} - {""}
+        least = run.plan.devices if not run.version and not run.last else 1
+        if not self._fronts.over(run.fronts, awaited, least=least):
+            return None
+        if run.over:
+            return _synchronise(run, sorted(run.fronts))
+        holder = next_holder(run.fronts, run.last)
+        return _synchronise(run, [holder], holder=holder)
+
+
+def _round(run: TrainingRun, devices: list[str], absent: list[str]) -> Proposal:
+    steps = [_key(device, run.waiting[device].message) for device in devices]
+    return Proposal("round", {"round": run.round + 1, "steps": steps, "absent": absent})
+
+
+def _synchronise(run: TrainingRun, devices: list[str], *, mean: bool = False, holder: str = "") -> Proposal:
+    steps = [_key(device, run.fronts[device].message) for device in devices]
+    return Proposal("synchronise", {"steps": steps, "mean": mean, "holder": holder})
+
+
+def _key(device: str, message: Message) -> list[str | int]:
+    return [device, message.session, message.step]

@@ -1,89 +1,36 @@
-"""The training service: it composes inbox, schedule, trainer and replies into one run over a broker."""
+"""The training service: it composes inbox, journal, run, schedule and replies into one run over a broker."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edge_sdk import topics
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import TransportError, WireError
-from edge_sdk.training import Evaluation
-from edge_sdk.transport import Transport
+from edge_sdk.transport import Received, Transport
 from edge_sdk.version import __version__
-from edge_sdk.wire import Message, encode
-from server_sdk.errors import ServerError
-from server_sdk.inbox import Arrival, Inbox, Refusal
-from server_sdk.replies import Replies
-from server_sdk.schedule import Round, Rounds
-from server_sdk.streams import STREAMS
+from edge_sdk.wire import VERSION, Message, encode
+from server_sdk.errors import CheckpointError, LogError, ServerError
+from server_sdk.inbox import Arrival, Gap, Inbox, Refusal
+from server_sdk.journal import Durability, Journal
+from server_sdk.rates import RateLimits, Rates
+from server_sdk.roster import Roster
+from server_sdk.schedule import Schedule
+from server_sdk.screening import Screen
 from server_sdk.trainer import Trainer
+from server_sdk.training_run import Outgoing, Trained, TrainingPlan, TrainingRun
 
-__all__ = ["TrainingPlan", "TrainingService", "summary"]
+__all__ = ["TrainingService"]
 
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What one run is.
-
-    Attributes:
-        devices: devices to wait for before the first round.
-        rounds: optimizer steps of the back layers.
-        batch: samples of each device in one round.
-        evaluate_every: rounds between two evaluations, 0 for none before the end.
-        deadline_s: how long a round waits for absent devices.
-        idle_s: end the run when no device says anything for this long.
-        codec: ``float32`` or ``float16`` gradients on the wire.
-        chunk_bytes: largest payload of one MQTT message.
-    """
-
-    devices: int
-    rounds: int
-    batch: int = 32
-    evaluate_every: int = 0
-    deadline_s: float = 60.0
-    idle_s: float = 600.0
-    codec: str = "float16"
-    chunk_bytes: int = 65536
-
-
-def summary(reports: Sequence[Evaluation]) -> dict[str, Any]:
-    """The counts of several devices as shares of all their samples."""
-    samples = max(sum(report.samples for report in reports), 1)
-    names = [name for name in STREAMS if any(name in report.streams for report in reports)]
-    shares: dict[str, Any] = {
-        "samples": sum(report.samples for report in reports),
-        "accuracy": sum(report.fused for report in reports) / samples,
-        "streams": {name: sum(r.streams.get(name, 0) for r in reports) / samples for name in names},
-    }
-    if reports and all(report.has_guide for report in reports):
-        right = sum(report.guide_right for report in reports)
-        wrong = samples - right
-        shares["guide_accuracy"] = right / samples
-        shares["guide_agreement"] = sum(report.guide_agreed for report in reports) / samples
-        shares["follow_when_wrong"] = sum(r.guide_followed for r in reports) / wrong if wrong else 0.0
-    return shares
-
-
-@dataclass
-class _Device:
-    """What the server knows of one device."""
-
-    bundle: str = ""
-    status: str = "online"
-    round: int = 0
-    steps: int = 0
-    bytes_per_sample: float = 0.0
-    reports: dict[str, Evaluation] = field(default_factory=dict)
+_CHUNK = 1 << 20  # of what must be one packet
 
 
 class TrainingService:
@@ -91,11 +38,18 @@ class TrainingService:
 
     Args:
         bundle: the bundle that the devices have.
-        trainer: the back layers.
+        trainer: the back layers as exported; a resumed run brings its own weights.
         transport: the service opens and closes it.
         plan: what the run is.
+        journal: where the run is kept; None keeps it in memory. The caller closes it.
+        resume: id of the run that the journal holds and that goes on; None begins a new one.
         fleet: name of the fleet.
-        on_event: called with a plain dictionary for everything that an operator may want to see.
+        deadline_s: how long a round waits for absent devices.
+        idle_s: give up when no device says anything for this long.
+        screen: which activations are too large, and what becomes of them.
+        rates: how much a device may send.
+        on_event: called with a plain dictionary for everything that an operator may want to see; ``at_s`` is when, on
+            the machine's monotonic clock.
     """
 
     def __init__(
@@ -105,129 +59,199 @@ class TrainingService:
         transport: Transport,
         plan: TrainingPlan,
         *,
+        journal: Journal | None = None,
+        resume: str | None = None,
         fleet: str = "default",
+        deadline_s: float = 60.0,
+        idle_s: float = 600.0,
+        screen: Screen | None = None,
+        rates: RateLimits | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._bundle = bundle
         self._trainer = trainer
         self._transport = transport
         self._plan = plan
+        self._journal = journal or Journal(Path(), Durability("off"))
+        self._resume = resume
         self._fleet = topics.check_name(fleet)
-        self._on_event = on_event
-        self.run_id = secrets.token_hex(8)
+        self._deadline_s = deadline_s
+        self._idle_s = idle_s
+        self._report = on_event
+        self._life = secrets.token_hex(4)
+        screen = screen or Screen()
+        self._run = TrainingRun(resume or secrets.token_hex(8), bundle.id, trainer, plan, screen)
         manifest = bundle.manifest
-        self._inbox = Inbox(fleet, self.run_id, manifest.cut_shape, len(manifest.classes), manifest.max_batch)
-        self._rounds = Rounds(plan.devices, deadline_s=plan.deadline_s)
-        self._replies = Replies()
-        self._devices: dict[str, _Device] = {}
-        self._generation = -1
-        self._announced = ""
-        self._round = 0
-        self._evaluated = 0
+        self._inbox = Inbox(
+            fleet,
+            self._run.run,
+            manifest.cut_shape,
+            len(manifest.classes),
+            manifest.max_batch,
+            front={name: tensor.shape for name, tensor in bundle.initial.items()},
+            screen=screen,
+            rates=Rates(rates or RateLimits()),
+        )
+        self._schedule = Schedule(deadline_s)
+        self._roster = Roster(self._inbox.max_devices)
+        self._stop = threading.Event()
+        self._announced: tuple[Any, ...] = ()
+        self._trouble = ""
         self._bytes = Counter[str]()
+
+    def _on_event(self, event: Event) -> None:
+        self._report({**event, "at_s": round(time.monotonic(), 6)})
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self._run.run
 
     @property
     def rejected(self) -> Counter[str]:
         """Messages that were rejected, by reason."""
         return self._inbox.rejected
 
+    def stop(self) -> None:
+        """End ``run`` soon, with a checkpoint, so that the run can go on later; from any thread or a signal handler."""
+        self._stop.set()
+
     def run(self) -> dict[str, Any]:
-        """Train until every round is done and every device has said so.
+        """Train until every round is done and every device has said so, or until ``stop``.
 
         Returns:
-            The run's figures: ``rounds``, ``steps``, ``seconds``, last ``evaluation`` and ``clean``, ``devices``.
+            The run's figures: ``rounds``, ``steps``, ``seconds``, last ``evaluation`` and ``clean``, ``devices``,
+            ``finished`` (False after ``stop``).
 
         Raises:
             TransportError: the broker cannot be reached.
-            ServerError: no device said anything for ``idle_s``, or training failed.
+            ServerError: no device said anything for ``idle_s``, training failed, or the disk refuses.
         """
+        if self._resume is None:
+            self._journal.begin(self._run)
+        else:
+            self._journal.restore(self._run)
+            for name in {*self._run.steps, *self._run.store.devices}:
+                self._roster.join(name)
         self._transport.open(None)
+        status = "paused" if self._journal.durable else "finished"
         try:
-            return self._serve()
+            figures = self._serve()
+            if figures["finished"]:
+                status = "finished"
+            self._journal.checkpoint(self._run)
+            return figures
         finally:
-            self._farewell()
+            with contextlib.suppress(TransportError):
+                self._announce(status)
             self._transport.close()
+
+    def finish(self) -> None:
+        """Mark the run as finished, once its results are where they belong; its log is not needed any more."""
+        self._journal.checkpoint(self._run, finished=True)
 
     def _serve(self) -> dict[str, Any]:
         self._transport.subscribe(topics.every_step(self._fleet))
         self._transport.subscribe(topics.every_state(self._fleet))
-        self._on_event({"event": "waiting", "run": self.run_id, "devices": self._plan.devices})
+        self._on_event({"event": "waiting", "run": self._run.run, "devices": self._plan.devices})
         started = 0.0
         heard = time.monotonic()
-        while not self._finished():
-            self._announce("training" if self._round else "waiting")
-            received = self._transport.receive(0.25)
+        while not self._stop.is_set() and not self._finished():
+            self._announce(self._status())
+            busy = self._run.store.ready and not self._run.over
+            received = self._receive(0.0 if busy else 0.25)
             if received is not None:
                 heard = time.monotonic()
                 self._bytes["received"] += len(received.payload)
                 self._take(self._inbox.take(received))
                 received.acknowledge()
+            elif busy:
+                heard = time.monotonic()
             elif time.monotonic() - heard > self._patience():
-                if self._round >= self._plan.rounds:
+                if self._run.over:
                     break
                 raise ServerError(
-                    f"no device said anything for {self._plan.idle_s:g} s and "
-                    f"{self._round} of {self._plan.rounds} rounds are done: "
-                    f"start psgl-edge run on {self._plan.devices} devices in fleet {self._fleet!r}"
+                    f"no device said anything for {self._idle_s:g} s and "
+                    f"{self._run.round} of {self._plan.rounds} rounds are done: "
+                    f"start psgl-edge run on {self._plan.devices} devices in fleet {self._fleet!r}, "
+                    "and this server again with --resume"
                 )
-            closed = self._rounds.close() if self._round < self._plan.rounds else None
-            if closed is not None:
+            while (proposal := self._schedule.next(self._run)) is not None:
                 started = started or time.monotonic()
-                self._train(closed)
-        return self._figures(time.monotonic() - started)
+                if not self._write(proposal.kind, proposal.fields):
+                    break
+            if busy:
+                self._show(self._run.train_stored())
+            self._keep()
+        return self._figures(time.monotonic() - started if started else 0.0)
+
+    def _receive(self, timeout_s: float) -> Received | None:
+        try:
+            return self._transport.receive(timeout_s)
+        except TransportError as exc:
+            # The broker refuses a subscription; the transport goes on asking, and the operator can correct it.
+            self._on_event({"event": "broker", "why": str(exc)})
+            return None
+
+    def _status(self) -> str:
+        if self._run.over:
+            return "evaluating"
+        return "training" if self._run.round or self._run.store.epoch else "waiting"
 
     def _patience(self) -> float:
-        return self._plan.idle_s if self._round < self._plan.rounds else self._plan.deadline_s
+        return self._deadline_s if self._run.over else self._idle_s
 
     def _finished(self) -> bool:
-        """Every round is done and so is every device that took part, or it has gone."""
-        members = [device for device in self._devices.values() if device.steps]
-        return self._round >= self._plan.rounds and all(d.status in ("done", "offline") for d in members)
+        """Every round is done and so is every device that took part."""
+        return self._run.over and self._roster.done
 
     def _figures(self, seconds: float) -> dict[str, Any]:
-        done = {name: device for name, device in sorted(self._devices.items()) if device.status == "done"}
-        figures: dict[str, Any] = {
-            "run": self.run_id,
-            "rounds": self._round,
-            "steps": sum(device.steps for device in self._devices.values()),
+        return {
+            "run": self._run.run,
+            "rounds": self._run.round,
+            "steps": sum(self._run.steps.values()),
             "seconds": round(seconds, 3),
+            "finished": self._run.over,
             "bytes_received": self._bytes["received"],
             "bytes_sent": self._bytes["sent"],
-            "bytes_per_sample": self._bytes_per_sample(),
             "rejected": dict(self._inbox.rejected),
-            "devices": sorted(name for name, device in self._devices.items() if device.steps),
+            **self._roster.figures(),
         }
-        for kind in ("evaluation", "clean"):
-            reports = [device.reports[kind] for device in done.values() if kind in device.reports]
-            if reports:
-                figures[kind] = summary(reports)
-        return figures
 
-    def _bytes_per_sample(self) -> float:
-        """Mean over the devices of what they say one training sample's activations cost on the wire."""
-        costs = [device.bytes_per_sample for device in self._devices.values() if device.bytes_per_sample]
-        return round(sum(costs) / max(len(costs), 1), 1)
+    def _keep(self) -> None:
+        """Write a checkpoint if one is due; a disk that refuses is tried again with the next round."""
+        try:
+            self._journal.checkpoint_if_due(self._run)
+        except (CheckpointError, LogError) as exc:
+            self._complain(exc)
+
+    def _complain(self, error: ServerError | None) -> None:
+        """Say once that the disk refuses, and once that it takes again: until then devices keep their steps."""
+        if (error is None) != (self._trouble == ""):
+            self._trouble = "" if error is None else str(error)
+            self._on_event({"event": "disk", "ok": error is None, "why": self._trouble})
 
     def _announce(self, status: str) -> None:
-        """Publish the run (retained) when its status changes and after every new connection."""
-        generation = self._transport.generation
-        if (status, generation) == (self._announced, self._generation):
+        """Publish the run (retained) when it changes and after every new connection."""
+        state = (status, self._run.version, self._transport.generation)
+        if state == self._announced:
             return
-        self._announced, self._generation = status, generation
+        self._announced = state
         fields = {
             "bundle": self._bundle.id,
             "status": status,
             "rounds": self._plan.rounds,
+            "round": self._run.round,
             "evaluate_every": self._plan.evaluate_every,
             "batch": self._plan.batch,
+            "fronts": self._plan.fronts,
+            "front": self._run.version,
+            "server": self._life,
+            "speaks": [VERSION],
             "versions": {"psgl": __version__},
         }
-        message = Message("model", self.run_id, "", 0, fields, {})
-        self._publish(topics.down_model(self._fleet), tuple(encode(message)), retain=True)
-
-    def _farewell(self) -> None:
-        with contextlib.suppress(TransportError):
-            self._announce("finished")
+        frames = encode(Message("model", self._run.run, "", 0, fields, {}), chunk_bytes=_CHUNK)
+        self._publish(topics.down_model(self._fleet), frames, retain=True)
 
     def _publish(self, topic: str, frames: Sequence[bytes], *, retain: bool = False) -> None:
         try:
@@ -238,115 +262,122 @@ class TrainingService:
             # The device will ask again, and the reply is kept.
             self._on_event({"event": "unsent", "topic": topic, "why": str(exc)})
 
-    def _reply(self, to: Arrival | Refusal, kind: str, fields: dict[str, Any], tensors: Mapping[str, Any]) -> None:
-        session, step = (to.session, to.step) if isinstance(to, Refusal) else (to.message.session, to.message.step)
-        message = Message(kind, self.run_id, session, step, fields, tensors)
-        frames = tuple(encode(message, codec=self._plan.codec, chunk_bytes=self._plan.chunk_bytes))
-        if kind != "refused":
-            self._replies.keep(to.device, session, step, frames)
-        self._publish(topics.down_step(self._fleet, to.device), frames)
+    def _send(self, outgoing: Outgoing) -> None:
+        self._publish(topics.down_step(self._fleet, outgoing.device), outgoing.frames)
 
-    def _take(self, arrival: Arrival | Refusal | None) -> None:
+    def _answer(
+        self,
+        to: Arrival | Refusal | Gap,
+        kind: str,
+        fields: Mapping[str, Any],
+        tensors: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Answer what leaves no trace in the run: a question, a refusal, a gap."""
+        session, step = (to.message.session, to.message.step) if isinstance(to, Arrival) else (to.session, to.step)
+        message = Message(kind, self._run.run, session, step, fields, tensors or {})
+        frames = tuple(encode(message, codec=self._plan.codec, chunk_bytes=self._plan.chunk_bytes))
+        self._send(Outgoing(to.device, frames))
+
+    def _take(self, arrival: Arrival | Refusal | Gap | None) -> None:
         if arrival is None:
             return
-        if isinstance(arrival, Refusal):
-            self._refuse(arrival)
+        if isinstance(arrival, Gap):
+            self._answer(arrival, "missing", {"chunks": list(arrival.chunks)})
+        elif isinstance(arrival, Refusal):
+            self._refuse(arrival, arrival.reason, arrival.detail)
         elif arrival.message.kind == "state":
             self._note(arrival)
         else:
             self._step(arrival)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self._on_event({"event": "refused", "device": refusal.device, "reason": refusal.reason, "why": refusal.detail})
-        self._reply(refusal, "refused", {"reason": refusal.reason, "detail": refusal.detail}, {})
+    def _refuse(self, what: Arrival | Refusal, reason: str, detail: str) -> None:
+        self._on_event({"event": "refused", "device": what.device, "reason": reason, "why": detail})
+        self._answer(what, "refused", {"reason": reason, "detail": detail})
 
     def _note(self, arrival: Arrival) -> None:
         """Note what a device says of itself; a report that is no map of counts is rejected."""
-        fields = arrival.message.fields
-        device = self._devices.get(arrival.device) or _Device()
-        if arrival.device not in self._devices and len(self._devices) >= self._inbox.max_devices:
-            self._inbox.rejected["devices"] += 1
-            return
         try:
-            reports = {kind: Evaluation.from_fields(fields[kind]) for kind in ("evaluation", "clean") if kind in fields}
+            self._on_event(self._roster.note(arrival.device, arrival.message))
         except WireError as exc:
             self._inbox.rejected[exc.reason] += 1
+            self._on_event({"event": "rejected", "device": arrival.device, "reason": exc.reason, "why": str(exc)})
             return
-        self._devices[arrival.device] = device
-        device.bundle = str(fields["manifest"])
-        device.status = str(fields["status"])
-        device.round = int(fields.get("round", 0))
-        device.bytes_per_sample = float(fields.get("bytes_per_sample", 0.0))
-        device.reports = reports
-        self._on_event({"event": "device", "device": arrival.device, "status": device.status, "round": device.round})
-        if "evaluation" in reports:
-            members = [d for d in self._devices.values() if d.steps]
-            everyone = all(d.round == device.round and "evaluation" in d.reports for d in members)
-            if members and everyone and device.round > self._evaluated:
-                self._evaluated = device.round
-                shares = summary([d.reports["evaluation"] for d in members])
-                self._on_event({"event": "evaluation", "round": device.round, **shares})
+        evaluation = self._roster.evaluation()
+        if evaluation is not None:
+            self._on_event({"event": "evaluation", **evaluation})
 
     def _step(self, arrival: Arrival) -> None:
         message = arrival.message
-        key = (arrival.device, message.session, message.step)
-        kept = self._replies.find(*key)
-        if kept is not None:
-            self._publish(topics.down_step(self._fleet, arrival.device), kept)
+        known = self._run.known(arrival.key)
+        if known is not None:
+            self._send(Outgoing(arrival.device, known))
             return
-        if self._replies.is_old(*key):
-            return
-        device = self._devices.setdefault(arrival.device, _Device())
-        if device.bundle and device.bundle != self._bundle.id:
-            detail = f"this server trains bundle {self._bundle.id}: copy it to the device"
-            self._refuse(Refusal(*key, "bundle", detail))
+        bundle = self._roster.bundle(arrival.device)
+        if bundle and bundle != self._bundle.id:
+            self._refuse(arrival, "bundle", f"this server trains bundle {self._bundle.id}: copy it to the device")
         elif message.kind == "infer":
-            try:
-                decision = self._trainer.decide(message.tensors["activations"])
-            except ServerError as exc:
-                self._refuse(Refusal(*key, "decision", str(exc)))
-                return
-            classes = {f"class.{name}": value for name, value in decision.streams.items()}
-            self._reply(arrival, "decision", {}, {"probabilities": decision.probabilities, **classes})
-        elif self._round >= self._plan.rounds:
-            self._reply(arrival, "refused", {"reason": "finished", "detail": "the run has all its rounds"}, {})
+            self._decide(arrival)
+        elif message.kind not in _KINDS[self._plan.fronts]:
+            detail = f"the fronts of this run are {self._plan.fronts}: upgrade psgl on the device"
+            self._refuse(arrival, "fronts", detail)
+        elif message.kind == "train" and self._run.over:
+            self._answer(arrival, "refused", {"reason": "finished", "detail": "the run has all its rounds"})
+        elif message.kind == "train" and self._plan.fronts == "relay" and arrival.device != self._run.holder:
+            self._refuse(arrival, "turn", "it is another device's turn: ask for the next one")
+        elif message.kind == "front" and self._plan.fronts == "shared" and arrival.device not in self._run.owing:
+            self._send(self._run.current_front(arrival.key))
         else:
-            self._rounds.offer(arrival)
+            self._roster.join(arrival.device)
+            device, session, step = arrival.key
+            fields = {"device": device, "kind": message.kind, "session": session, "step": step}
+            if self._write("step", fields, arrival) and message.kind == "store":
+                samples = self._run.store.count(device)
+                self._on_event({"event": "stored", "device": device, "samples": samples})
 
-    def _train(self, closed: Round) -> None:
-        messages = [arrival.message for arrival in closed.steps]
-        sizes = [len(message.tensors["labels"]) for message in messages]
-        activations = np.concatenate([message.tensors["activations"] for message in messages])
-        labels = np.concatenate([message.tensors["labels"] for message in messages])
+    def _decide(self, arrival: Arrival) -> None:
         try:
-            result = self._trainer.step(activations, labels)
+            decision = self._trainer.decide(arrival.message.tensors["activations"])
         except ServerError as exc:
-            for arrival, message in zip(closed.steps, messages, strict=True):
-                self._refuse(Refusal(arrival.device, message.session, message.step, "training", str(exc)))
+            self._refuse(arrival, "decision", str(exc))
             return
-        self._round += 1
-        loss = result.losses.get("fused", sum(result.losses.values()) / len(result.losses))
-        gradients = np.split(result.gradient, np.cumsum(sizes)[:-1])
-        for arrival, message, gradient in zip(closed.steps, messages, gradients, strict=True):
-            self._devices[arrival.device].steps += 1
-            fields = {
-                "front": message.fields["front"],
-                "rate": result.rate,
-                "loss": loss,
-                "round": self._round,
-            }
-            self._reply(arrival, "gradient", fields, {"gradient": gradient})
+        classes = {f"class.{name}": value for name, value in decision.streams.items()}
+        self._answer(arrival, "decision", {}, {"probabilities": decision.probabilities, **classes})
+
+    def _write(self, kind: str, fields: Mapping[str, Any], arrival: Arrival | None = None) -> bool:
+        """Write a record, apply it, send the replies that it brings about; False when the disk refuses it."""
+        body, message = (arrival.body, arrival.message) if arrival is not None else (b"", None)
+        try:
+            replies = self._journal.write(self._run, kind, fields, body, message)
+        except LogError as exc:
+            self._complain(exc)
+            return False
+        self._complain(None)
+        for outgoing in replies:
+            self._send(outgoing)
+        if self._run.trained is not None:
+            self._show(self._run.trained)
+        return True
+
+    def _show(self, trained: Trained) -> None:
         self._on_event(
             {
                 "event": "round",
-                "round": self._round,
+                "round": trained.round,
                 "rounds": self._plan.rounds,
-                "at_s": round(time.monotonic(), 6),
-                "loss": loss,
-                "losses": result.losses,
-                "devices": [arrival.device for arrival in closed.steps],
-                "absent": list(closed.absent),
+                "loss": trained.loss,
+                "losses": dict(trained.losses),
+                "devices": list(trained.devices),
+                "absent": list(trained.absent),
+                "clipped": trained.clipped,
                 "bytes_received": self._bytes["received"],
                 "bytes_sent": self._bytes["sent"],
             }
         )
+
+
+_KINDS = {
+    "own": ("train",),
+    "shared": ("train", "front"),
+    "relay": ("train", "front"),
+    "frozen": ("store",),
+}

@@ -111,9 +111,21 @@ class Trainer:
             self.streams.to(memory_format=self._format)  # type: ignore[call-overload]
         self._parameters = {name: each for name, each in streams.named_parameters() if each.requires_grad}
         self._optimizer_name = optimizer
+        self._momentum = momentum
         self._optimizer = _optimizer(optimizer, list(self._parameters.values()), learning_rate, momentum)
         if cut is not None:
             self._probe(tuple(cut))
+
+    @property
+    def options(self) -> Mapping[str, float | str | None]:
+        """What, beside the weights, decides what a step does: two trainers with the same options train alike."""
+        return {
+            "learning_rate": self.learning_rate,
+            "optimizer": self._optimizer_name,
+            "momentum": self._momentum,
+            "rounds": self.rounds,
+            "gradient_from": ", ".join(self._through),
+        }
 
     @property
     def rate(self) -> float:
@@ -123,12 +135,18 @@ class Trainer:
         done = min(self.round, self.rounds - 1) / self.rounds
         return 0.5 * (1.0 + math.cos(math.pi * done))
 
-    def step(self, activations: NDArray[np.float32], labels: NDArray[np.int64]) -> StepResult:
+    def step(
+        self,
+        activations: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        weights: NDArray[np.float32] | None = None,
+    ) -> StepResult:
         """Make one update.
 
         Args:
             activations: float32 (N, \\*cut), finite, N at least 1: the devices' batches, concatenated.
             labels: integers (N,) in [0, K).
+            weights: float32 (N,), how much each sample counts in the loss, mean 1; None: all the same.
 
         Raises:
             ServerError: activations or labels that do not fit; nothing has changed.
@@ -143,7 +161,7 @@ class Trainer:
         try:
             with seeded(self.streams.seed, len(STREAMS), self.round, device=self._device):
                 logits = self.streams.train()(inputs, through=self._through)
-                losses = {name: nn.functional.cross_entropy(each, targets) for name, each in logits.items()}
+                losses = {name: _loss(each, targets, weights) for name, each in logits.items()}
                 self._optimizer.zero_grad()
                 torch.autograd.backward(torch.stack(list(losses.values())).sum())
             values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
@@ -304,6 +322,13 @@ class Trainer:
             raise TrainingError("a gradient is not finite: lower the learning rate, or go back to a snapshot")
         gradient: NDArray[np.float32] = inputs.grad.contiguous().cpu().numpy()
         return gradient
+
+
+def _loss(logits: Tensor, targets: Tensor, weights: NDArray[np.float32] | None) -> Tensor:
+    if weights is None:
+        return nn.functional.cross_entropy(logits, targets)
+    each = nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (each * torch.from_numpy(weights).to(each.device)).mean()
 
 
 def _through(streams: Streams, gradient_from: str) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ FORBIDDEN = {
     "export": {"examples"},
 }
 EDGE_MAY = {"numpy", "onnxruntime", "paho", "cbor2", "edge_sdk"}
+OPTIONAL = {"cryptography"}
+ONLY_IN = {"paho": {"paho_transport.py", "mqtt_link.py"}, "cryptography": {"sealing.py"}}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -49,20 +51,19 @@ def test_a_package_imports_only_what_stands_left_of_it(package: str) -> None:
 
 def test_the_edge_imports_nothing_beyond_its_dependencies() -> None:
     for path in (ROOT / "edge_sdk").rglob("*.py"):
-        strangers = set(imported(path)) - EDGE_MAY - set(sys.stdlib_module_names)
+        strangers = set(imported(path)) - EDGE_MAY - OPTIONAL - set(sys.stdlib_module_names)
         assert not strangers, f"{path} imports {strangers}"
 
 
-def test_only_the_transport_imports_paho() -> None:
-    users = {path.name for path in (ROOT / "edge_sdk").rglob("*.py") if "paho" in set(imported(path))}
-    assert users <= {"paho_transport.py", "mqtt_link.py"}, users
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_one_file_imports_each_package_that_may_change_or_be_absent(package: str) -> None:
+    users = {path.name for path in (ROOT / "edge_sdk").rglob("*.py") if package in set(imported(path))}
+    assert users <= ONLY_IN[package], users
 
 
 def test_a_fresh_process_loads_neither_torch_nor_onnx_for_the_edge() -> None:
     modules = sorted(f"edge_sdk.{path.stem}" for path in (ROOT / "edge_sdk").glob("[!_]*.py"))
     code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
-    code += (
-        "bad = {'torch', 'onnx', 'onnxscript', 'server_sdk', 'export'} & set(sys.modules)\nsys.exit(','.join(bad) or 0)"
-    )
+    code += "bad = {'torch', 'onnx', 'cryptography', 'onnxscript', 'server_sdk', 'export'} & set(sys.modules)\nsys.exit(','.join(bad) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -189,3 +189,77 @@ def test_what_has_no_encoding_is_refused(value: object) -> None:
 def test_limits_must_be_positive_integers(value: object) -> None:
     with pytest.raises(ConfigError, match="max_depth"):
         Limits(max_depth=value)  # type: ignore[arg-type]
+
+
+NAMES = frozenset({"v", "kind", "step"})
+
+
+@given(st.dictionaries(st.sampled_from(["v", "kind", "step", "other"]) | st.text(max_size=5), VALUES, max_size=6))
+def test_peek_reads_what_loads_reads(content: dict[str, object]) -> None:
+    """Whatever else the map holds, tags that ``loads`` refuses included."""
+    data = cbor2.dumps({"x": cbor2.CBORTag(35, "("), **content, "y": cbor2.undefined})
+    wanted = {
+        name: value
+        for name, value in content.items()
+        if name in NAMES and (isinstance(value, str) or (type(value) is int and 0 <= value < 2**64))
+    }
+    assert cbor.peek(data, NAMES, Limits()) == wanted
+
+
+@given(st.binary(max_size=80) | st.binary(max_size=80).map(lambda rest: b"\xa4\x61v" + rest))
+def test_peek_takes_any_bytes(data: bytes) -> None:
+    for name, value in cbor.peek(data, NAMES, LIMITS).items():
+        assert name in NAMES
+        assert type(value) in (int, str)
+
+
+def test_peek_looks_at_the_outermost_map_alone() -> None:
+    for value in ({"a": {"v": 2}}, [{"v": 2}], ["v", 2], "v", {"a": "v", "b": 2}, {"v": [2]}, {"v": {"v": 2}}):
+        assert cbor.peek(cbor.dumps(value), NAMES, LIMITS) == {}
+    assert cbor.peek(cbor2.dumps(cbor2.CBORTag(24, {"v": 2})), NAMES, LIMITS) == {}
+    assert cbor.peek(cbor2.dumps({b"v": 2, 1: 2, "kind": "a"}), NAMES, LIMITS) == {"kind": "a"}
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, True, None, b"2", cbor2.CBORTag(2, b"\1"), cbor2.CBORTag(40, 2), 2**64])
+def test_peek_takes_unsigned_integers_and_text_alone(value: object) -> None:
+    assert cbor.peek(cbor2.dumps({"v": value, "step": 1}), NAMES, LIMITS) == {"step": 1}
+
+
+def test_peek_stops_at_damage_and_keeps_what_it_read() -> None:
+    whole = b"\xa3\x61v\x02\x64kind\x61a\x64step\x18\x07"
+    assert cbor.peek(whole, NAMES, LIMITS) == {"v": 2, "kind": "a", "step": 7}
+    assert cbor.peek(whole + b"behind", NAMES, LIMITS) == {"v": 2, "kind": "a", "step": 7}
+    assert cbor.peek(whole[:-1], NAMES, LIMITS) == {"v": 2, "kind": "a"}
+    assert cbor.peek(whole[:4], NAMES, LIMITS) == {"v": 2}
+    assert cbor.peek(whole[:3], NAMES, LIMITS) == {}
+    assert cbor.peek(b"", NAMES, LIMITS) == {}
+    assert cbor.peek(b"\xbf\x61v\x02\xff", NAMES, LIMITS) == {}
+    assert cbor.peek(b"\xa2\x61v\x02\x61x\x5b" + b"\xff" * 8, NAMES, LIMITS) == {"v": 2}
+    assert cbor.peek(b"\xa2\x64kind\x61\xff\x61v\x02", NAMES, LIMITS) == {"v": 2}
+    assert cbor.peek(b"\xa3\x61v\x02\x61v\x01\x64step\x01", NAMES, LIMITS) == {"step": 1}
+
+
+def test_peek_is_bounded_by_its_limits() -> None:
+    def found(items: int, text: str = "a", **limits: int) -> set[str]:
+        data = cbor.dumps({"kind": text, "x": [0] * items, "z": 0, "step": 1})
+        at_the_end = data[:1] + data[1:].replace(b"\x64step\x01", b"") + b"\x64step\x01"
+        return set(cbor.peek(at_the_end, NAMES, Limits(**limits)))
+
+    assert found(10, max_items=18) == {"kind", "step"}  # 8 keys and values, 10 items in one of them
+    assert found(10, max_items=17) == {"kind"}
+    assert found(0, "a" * 8, max_text_bytes=8) == {"kind", "step"}
+    assert found(0, "a" * 9, max_text_bytes=8) == {"step"}
+
+
+@pytest.mark.parametrize("size", [2**16, 2**32, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("major", [2, 3, 4, 5])
+def test_peek_takes_no_memory_and_no_time_for_declared_lengths(major: int, size: int) -> None:
+    bomb = bytes([major << 5 | 27]) + struct.pack(">Q", size)
+    tracemalloc.start()
+    try:
+        assert cbor.peek(b"\xa2\x61v\x02\x61x" + bomb + b"\x00" * 100_000, NAMES, Limits(max_items=256)) == {"v": 2}
+        assert cbor.peek(bomb + b"\x61v\x02", NAMES, Limits(max_items=256)) == ({"v": 2} if major == 5 else {})
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 250_000

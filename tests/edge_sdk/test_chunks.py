@@ -5,15 +5,24 @@ import tracemalloc
 import zlib
 from dataclasses import replace
 
+import cbor2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.chunks import Assembler, Frame, decode_frame
+from edge_sdk.chunks import (
+    Assembler,
+    ForeignFrame,
+    Frame,
+    decode_frame,
+    foreign_version,
+    unknown_kind,
+    version_conflict,
+)
 from edge_sdk.errors import ConfigError, WireError
 from edge_sdk.limits import Limits
-from edge_sdk.messages import Message
+from edge_sdk.messages import Message, check_identity
 from edge_sdk.wire import encode
 
 
@@ -206,3 +215,104 @@ def test_limits_apply_to_frames_from_anywhere() -> None:
     assert refusal(assembler, replace(frame, step=2, count=5)) == "limit"
     with pytest.raises(ConfigError):
         Assembler(max_partial=0)
+
+
+def later(**changes: object) -> bytes:
+    """A frame as a later version of the protocol may write it."""
+    frame = {
+        **{"v": 2, "kind": "train", "session": "s1", "step": 7, "route": ["a", {"b": None}], "sealed": True},
+        "parts": {str(number): bytes(10) for number in range(20)},
+        "crc64": cbor2.CBORTag(67, b"abc"),
+        **changes,
+    }
+    return cbor2.dumps({name: value for name, value in frame.items() if value is not ...})
+
+
+def test_a_frame_of_a_later_version_is_told_from_garbage() -> None:
+    for data in (later(), later(**{"body": bytes(3 << 20)}), later(v=0), later(v=2**64 - 1)):
+        with pytest.raises(WireError) as caught:
+            decode_frame(data)
+        assert caught.value.reason == "version"
+        frame = foreign_version(data)
+        assert frame is not None
+        assert (frame.kind, frame.session, frame.step) == ("train", "s1", 7)
+    assert foreign_version(later()) == ForeignFrame(2, "train", "s1", 7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"session": ...},
+        {"step": ...},
+        {"session": 1},
+        {"session": "a\nb"},
+        {"session": "ä"},
+        {"session": "a" * 129},
+        {"step": -1},
+        {"step": 2**63},
+        {"step": "7"},
+        {"step": 7.0},
+    ],
+)
+def test_session_and_step_are_told_only_when_both_are_well_formed(changes: dict[str, object]) -> None:
+    assert foreign_version(later(**changes)) == ForeignFrame(2, "train", None, None)
+
+
+@pytest.mark.parametrize("kind", [..., 5, "a\nb", "\x1b[2J", "ä", "a" * 129])
+def test_a_kind_that_must_not_be_shown_is_left_out(kind: object) -> None:
+    assert foreign_version(later(kind=kind)) == ForeignFrame(2, "", "s1", 7)
+
+
+def test_frames_of_this_version_and_garbage_are_not_foreign() -> None:
+    ours = encode(message(1))[0]
+    for data in (ours, ours[:-1], ours + b"\0", later(v=1), later(v=-1), later(v="2"), later(v=2.0), later(v=...), b""):
+        assert foreign_version(data) is None
+        with pytest.raises(WireError) as caught:
+            decode_frame(data + b"\0")
+        assert caught.value.reason != "version"
+    for data in (b"\xbf" + later()[1:] + b"\xff", b"\x81" + later(), cbor2.dumps(cbor2.CBORTag(24, {"v": 2}))):
+        assert foreign_version(data) is None
+
+
+@given(st.binary(max_size=120) | st.binary(max_size=120).map(lambda rest: b"\xa8\x61v\x02" + rest))
+def test_whatever_decoding_calls_another_version_can_be_answered(data: bytes) -> None:
+    try:
+        decode_frame(data)
+    except WireError as exc:
+        if exc.reason == "version":
+            assert foreign_version(data) is not None
+
+
+@given(st.integers(0, len(later()) - 1), st.binary(max_size=4))
+def test_a_damaged_foreign_frame_never_raises(position: int, change: bytes) -> None:
+    data = later()
+    frame = foreign_version(data[:position] + change + data[position + len(change) :])
+    if frame is not None and frame.session is not None:
+        check_identity("refused", "", frame.session, frame.step)
+
+
+def test_an_unknown_kind_is_told_too() -> None:
+    newer = cbor2.loads(encode(message(1))[0]) | {"kind": "telepathy"}
+    data = cbor2.dumps(newer)
+    with pytest.raises(WireError) as caught:
+        decode_frame(data)
+    assert caught.value.reason == "kind"
+    assert unknown_kind(data) == ForeignFrame(1, "telepathy", "session", 1)
+    assert foreign_version(data) is None
+    assert unknown_kind(encode(message(1))[0]) is None
+    assert unknown_kind(later(kind="telepathy")) is None
+    assert unknown_kind(b"\xa0") is None
+
+
+def test_the_older_side_is_told_to_upgrade() -> None:
+    def conflict(*theirs: object) -> str | None:
+        return version_conflict(theirs, here="device", there="server")
+
+    assert conflict(2) == "the server speaks protocol version 2, this device 1: upgrade psgl on the device"
+    assert conflict(0) == "the server speaks protocol version 0, this device 1: upgrade psgl on the server"
+    assert conflict(3, 2) == "the server speaks protocol version 3, this device 1: upgrade psgl on the device"
+    assert version_conflict([2], here="server", there="device") == (
+        "the device speaks protocol version 2, this server 1: upgrade psgl on the server"
+    )
+    for shared in ((1,), (1, 2), (2, 1), (), ("2",), (True,), (-2,), (None, [2], 2.0), ("2", 1)):
+        assert conflict(*shared) is None

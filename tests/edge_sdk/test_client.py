@@ -89,7 +89,7 @@ def test_a_step_sends_activations_and_takes_the_gradient(profile: str, built: di
     assert client.front.version == 1
     assert client.unperturbed == (6 if profile == "vanilla" else 0)
     assert not np.array_equal(client.front.tensors["p.conv1.weight"], before.tensors["p.conv1.weight"])
-    assert client.state.pending is None and client.bytes_per_sample > 0
+    assert client.state.outbox == () and client.bytes_per_sample > 0
 
 
 def test_the_same_bytes_go_out_until_the_reply_comes(built: dict[str, Any], samples: Draw) -> None:
@@ -132,7 +132,7 @@ def test_a_refusal_names_its_reason_and_leaves_the_front(reason: str, built: dic
         with pytest.raises(RefusedError, match="do this") as caught:
             client.train_step(batch.x, batch.y)
         assert caught.value.reason == reason
-        assert client.front.version == 0 and client.state.pending is None
+        assert client.front.version == 0 and client.state.outbox == ()
 
 
 def test_a_run_that_has_all_its_rounds_is_no_error(built: dict[str, Any], samples: Draw) -> None:
@@ -191,7 +191,7 @@ def test_silence_ends_with_a_clear_error(built: dict[str, Any], samples: Draw) -
         with make_client(broker, built["vanilla"], give_up_s=0.3) as client:
             with pytest.raises(TransportError, match="is the server up"):
                 client.train_step(batch.x, batch.y)
-            assert client.state.pending is not None, "the step is kept"
+            assert client.state.outbox != (), "the step is kept"
 
 
 def test_no_server_and_another_bundle(built: dict[str, Any]) -> None:

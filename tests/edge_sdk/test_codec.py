@@ -229,6 +229,16 @@ def test_float16_serves_small_gradients_and_large_activations() -> None:
         assert np.allclose(back, array, rtol=2**-11, atol=0)
 
 
+def test_float16_keeps_a_shape_without_dimensions() -> None:
+    for value in (0.0, 1.5, -3e-9):
+        sent, scale = compress(np.array(value, np.float32), "float16")
+        assert isinstance(sent, np.ndarray)
+        back = expand("a", sent, scale)
+        assert isinstance(back, np.ndarray)
+        assert (back.shape, back.dtype) == ((), np.float32)
+        assert np.isclose(back, np.float32(value), rtol=2**-11, atol=0)
+
+
 def test_float32_and_integers_are_left_alone() -> None:
     floats, integers = np.ones(3, np.float32), np.arange(3)
     for array, codec in ((floats, "float32"), (integers, "float32"), (integers, "float16")):

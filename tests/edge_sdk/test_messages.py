@@ -7,16 +7,25 @@ import pytest
 
 from edge_sdk.errors import WireError
 from edge_sdk.limits import Limits
-from edge_sdk.messages import KINDS, Message, check_message
+from edge_sdk.messages import KINDS, Message, TensorRule, check_message
 
 ACTIVATIONS = np.linspace(0, 1, 2 * 3 * 4 * 4, dtype=np.float32).reshape(2, 3, 4, 4)
 LABELS = np.array([0, 4])
 PROBABILITIES = np.array([[0.25, 0.75], [1.0, 0.0]], np.float32)
+FRONT = {
+    "p.conv.weight": ACTIVATIONS,
+    "b.norm.mean": np.zeros(3, np.float32),
+    "s.steps": np.array(7, np.float32),
+}
 VALID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "train": ({"front": 3}, {"activations": ACTIVATIONS, "labels": LABELS}),
+    "store": ({"front": 0, "first": 0, "total": 5000}, {"activations": ACTIVATIONS, "labels": LABELS}),
+    "front": ({"front": 3, "samples": 700}, FRONT),
     "infer": ({"front": 3}, {"activations": ACTIVATIONS}),
     "state": ({"status": "online", "manifest": "ab12", "versions": {"wire": 1}}, {}),
     "gradient": ({"front": 3, "rate": 0.01, "loss": 2.5, "round": 4}, {"gradient": ACTIVATIONS}),
+    "stored": ({"samples": 2}, {}),
+    "synchronised": ({"front": 4, "round": 40}, FRONT),
     "decision": ({}, {"probabilities": PROBABILITIES, "class.fused": np.array([1, 0])}),
     "refused": ({"reason": "run"}, {}),
     "missing": ({"chunks": [0, 2]}, {}),
@@ -64,7 +73,10 @@ def test_required_fields_and_tensors_are_required(kind: str) -> None:
     for name in KINDS[kind].optional:
         check_message(message(kind, without(fields, name)))
     for name in tensors:
-        assert refusal(message(kind, tensors=without(tensors, name))) == "schema"
+        if KINDS[kind].tensors.get("*", TensorRule("float32", (0, 0))).least:
+            assert refusal(message(kind, tensors=without(tensors, name))) == "schema"
+        else:
+            check_message(message(kind, tensors=without(tensors, name)))
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -72,8 +84,34 @@ def test_unknown_fields_pass_and_unknown_tensors_do_not(kind: str) -> None:
     fields, tensors = VALID[kind]
     later = check_message(message(kind, {**fields, "later": [1, {"a": None}]}))
     assert later.fields["later"] == [1, {"a": None}]
-    assert refusal(message(kind, tensors={**tensors, "extra": LABELS})) == "schema"
-    assert refusal(message(kind, tensors={**tensors, "class.": LABELS})) == "schema"
+    extra = {"": LABELS} if "*" in KINDS[kind].tensors else {"extra": LABELS}
+    assert refusal(message(kind, tensors={**tensors, **extra})) == "schema"
+    if kind == "decision":
+        assert refusal(message(kind, tensors={**tensors, "class.": LABELS})) == "schema"
+
+
+@pytest.mark.parametrize("kind", ["front", "synchronised"])
+def test_a_front_has_any_tensors_or_none(kind: str) -> None:
+    check_message(message(kind, tensors={}))
+    six = np.zeros((1, 2, 1, 2, 1, 2), np.float32)
+    for array in (np.array(7, np.float32), np.zeros(5, np.float32), six):
+        check_message(message(kind, tensors={"p.a": array, "p.b": ACTIVATIONS}))
+    for array, reason in (
+        (six[None], "shape"),
+        (np.zeros(0, np.float32), "shape"),
+        (np.array(7), "dtype"),
+        (np.float32(7), "dtype"),
+        (np.array(np.nan, np.float32), "nonfinite"),
+    ):
+        assert refusal(message(kind, tensors={"p.a": array})) == reason
+    many = {f"p.{i}": np.zeros(1, np.float32) for i in range(3)}
+    assert refusal(message(kind, tensors=many), Limits(max_tensors=2)) == "limit"
+
+
+def test_only_batched_tensors_share_their_first_dimension() -> None:
+    check_message(message("front", tensors={"p.a": np.zeros(2, np.float32), "p.b": np.zeros(3, np.float32)}))
+    for kind in ("train", "store"):
+        assert refusal(message(kind, tensors={"activations": ACTIVATIONS, "labels": LABELS[:1]})) == "shape"
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -272,7 +272,41 @@ def test_a_refused_subscription_is_reported_and_not_renewed() -> None:
         with pytest.raises(TransportError, match="refuses the subscription 'forbidden': correct its ACL"):
             transport.subscribe("forbidden")
         transport.subscribe("allowed")
-        assert transport._patterns == ("allowed",)
+        assert transport._subscriptions.patterns == ("allowed",)
+
+
+def test_a_refused_renewal_is_asked_for_again_while_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_sdk.mqtt_subscriptions.ASK_AGAIN_S", 0.2)
+    asked: list[bytes] = []
+    answers = [b"\x01\x80", b"\x80", b"\x01"]
+
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_311)
+        while True:
+            kind, body = read_packet(conn)
+            if kind & 0xF0 == 0x30:
+                if number == 1:
+                    conn.shutdown(socket.SHUT_RDWR)
+                conn.sendall(b"\x40\x02" + body[3:5])
+            elif kind == 0x82 and number == 1:
+                conn.sendall(b"\x90\x03" + body[:2] + b"\x01")
+            elif kind == 0x82:
+                answer = answers[len(asked)]
+                asked.append(body[2:])
+                conn.sendall(b"\x90" + bytes([2 + len(answer)]) + body[:2] + answer)
+
+    with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(), "a")) as transport:
+        transport.subscribe("one")
+        transport.subscribe("two")
+        transport.publish("t", b"end this connection")
+        for _ in range(2):
+            with pytest.raises(TransportError, match=r"refuses the subscription 'two' .*: correct its ACL"):
+                transport.receive(WAIT_S)
+            assert transport.refused_patterns == ("two",)
+        eventually(lambda: transport.refused_patterns == ())
+        assert asked == [b"\x00\x03one\x01\x00\x03two\x01", b"\x00\x03two\x01", b"\x00\x03two\x01"]
+        assert transport._subscriptions.patterns == ("one", "two")
+        assert transport.receive(0) is None
 
 
 # ---------------------------------------------------------------- limits
@@ -340,6 +374,7 @@ def test_a_stopped_broker_with_a_full_socket_does_not_hold_up_close() -> None:
 @needs_mosquitto
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_messages_beyond_the_receive_queue_stay_with_the_broker(protocol: str) -> None:
+    number = 150
     with EmbeddedBroker("mosquitto") as broker:
         small = Connection(broker.host, broker.port, protocol=protocol, max_received=5)
         with (
@@ -347,18 +382,100 @@ def test_messages_beyond_the_receive_queue_stay_with_the_broker(protocol: str) -
             opened(PahoTransport(Connection(broker.host, broker.port), "writer")) as writer,
         ):
             reader.subscribe("t")
-            for i in range(80):
+            for i in range(number):
                 writer.publish("t", bytes([i]))
-            eventually(lambda: writer._in_flight + len(writer._pending) == 0)
+            eventually(lambda: not writer._in_flight and not writer._pending)
             seen: set[int] = set()
             deadline = time.monotonic() + WAIT_S
-            while len(seen) < 80 and time.monotonic() < deadline:
+            while len(seen) < number and time.monotonic() < deadline:
                 assert reader._received.qsize() <= 10
                 message = reader.receive(1.0)
                 if message is not None:
                     seen.add(message.payload[0])
                     message.acknowledge()
-            assert len(seen) == 80
+            assert len(seen) == number
+
+
+def test_messages_left_with_the_broker_are_fetched_without_pause() -> None:
+    number = 30
+    acknowledged: set[int] = set()
+
+    def script(conn: socket.socket, count: int, connect: bytes) -> None:
+        left = sorted(set(range(1, number + 1)) - acknowledged)
+        conn.sendall(ACCEPTED_311 + b"".join(publish_packet(b"t", bytes([mid]), mid) for mid in left))
+        while True:
+            kind, body = read_packet(conn)
+            if kind == 0x40:
+                acknowledged.add(int.from_bytes(body, "big"))
+
+    with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(max_received=1), "a")) as transport:
+        started = time.monotonic()
+        while len(acknowledged) < number:  # two arrive on each connection, the rest is left
+            eventually(lambda: not transport._received.empty() or len(acknowledged) == number)
+            eventually(lambda: transport._overflowed or number - len(acknowledged) <= 2)
+            while (message := transport.receive(0)) is not None:
+                message.acknowledge()
+        assert transport.generation >= number / 4
+        assert time.monotonic() - started < WAIT_S
+
+
+def test_a_receiver_that_acknowledges_nothing_does_not_connect_without_pause() -> None:
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_311 + b"".join(publish_packet(b"t", b"1", mid) for mid in range(1, 7)))
+        while read_packet(conn)[0] != 0xE0:
+            continue
+        conn.shutdown(socket.SHUT_RDWR)
+
+    with (
+        ScriptedBroker(script) as broker,
+        opened(PahoTransport(broker.connection(max_received=1), "a")) as transport,
+    ):
+        eventually(lambda: transport._overflowed)
+        receive(transport).acknowledge()
+        deadline, pause = time.monotonic() + 1.0, threading.Event()
+        while time.monotonic() < deadline:
+            if transport._overflowed:
+                while transport.receive(0) is not None:
+                    continue
+            pause.wait(0.005)
+        assert 1 < len(broker.connects) < 8
+
+
+def test_what_was_left_on_a_lost_connection_ends_no_other() -> None:
+    go = threading.Event()
+
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_311)
+        if number == 1:
+            conn.sendall(b"".join(publish_packet(b"t", b"1", mid) for mid in range(1, 7)))
+            go.wait(WAIT_S)
+            conn.shutdown(socket.SHUT_RDWR)
+        drain(conn)
+
+    with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(max_received=1), "a")) as transport:
+        eventually(lambda: transport._overflowed)
+        go.set()
+        eventually(lambda: transport.generation == 2)
+        assert [receive(transport).payload for _ in range(2)] == [b"1", b"1"]
+        assert transport.receive(1.2) is None
+        assert transport.generation == 2
+
+
+@needs_mosquitto
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_what_is_held_back_fills_the_window_of_mosquitto(protocol: str) -> None:
+    with EmbeddedBroker("mosquitto", options=("max_inflight_messages 20",)) as broker:
+        connection = Connection(broker.host, broker.port, protocol=protocol)
+        with opened(PahoTransport(connection, "reader")) as reader, opened(PahoTransport(connection, "b")) as writer:
+            reader.subscribe("t")
+            for i in range(25):
+                writer.publish("t", bytes([i]))
+            held = [receive(reader) for _ in range(20)]
+            if protocol == "3.1.1":
+                assert reader.receive(0.3) is None
+                held[0].acknowledge()
+            assert receive(reader).payload == bytes([20])  # under MQTT 5 our Receive Maximum is the window
+            assert reader.generation == 1
 
 
 # ---------------------------------------------------------------- a network thread that nothing ends
@@ -458,7 +575,7 @@ def test_messages_under_way_are_sent_again_before_later_ones() -> None:
         transport.publish("t", b"3")
         eventually(lambda: len(got) == 5)
         assert got == [(1, b"1"), (1, b"2"), (2, b"1"), (2, b"2"), (2, b"3")]
-        eventually(lambda: transport._in_flight == 0)
+        eventually(lambda: not transport._in_flight)
 
 
 def test_subscriptions_are_renewed_before_messages_under_way_are_sent_again() -> None:
@@ -480,7 +597,7 @@ def test_subscriptions_are_renewed_before_messages_under_way_are_sent_again() ->
     with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(), "a")) as transport:
         transport.subscribe("down")
         transport.publish("t", b"1")
-        eventually(lambda: transport.generation == 2 and transport._in_flight == 0)
+        eventually(lambda: transport.generation == 2 and not transport._in_flight)
         assert kinds == [0x80, 0x30]
 
 

@@ -32,6 +32,13 @@ def broker() -> Iterator[EmbeddedBroker]:
         yield embedded
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run here, so that what they keep by default is a test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
 @pytest.fixture
 def data(tmp_path: Path, samples: Draw) -> Path:
     train, test = samples(48, 1), samples(12, 2)
@@ -41,7 +48,7 @@ def data(tmp_path: Path, samples: Draw) -> Path:
 
 def start(module: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(module: str, *arguments: object, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
@@ -72,7 +79,7 @@ def test_server_and_device_train_together_while_hostile_bytes_arrive(
         *("--out", tmp_path / "server", "--json", *where),
     )
     assert server.stdout is not None
-    assert json.loads(server.stdout.readline())["event"] == "waiting"
+    assert [json.loads(server.stdout.readline())["event"] for _ in range(2)] == ["checkpoint", "waiting"]
     foe = PahoTransport(Connection("127.0.0.1", broker.port), "foe")
     foe.open()
     for payload in (b"", b"\xff" * 100, b"\x9f" * 2000, b"\xd8\x23\x66(a+)+$"):

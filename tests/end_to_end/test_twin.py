@@ -20,7 +20,8 @@ from server_sdk.reference.perturbation import front_input, perturb
 from server_sdk.reference.profiles import ServerPart
 from server_sdk.reference.specification import build
 from server_sdk.reference.split import split
-from server_sdk.service import TrainingPlan, TrainingService
+from server_sdk.service import TrainingService
+from server_sdk.training_run import TrainingPlan
 
 Draw = Callable[[int, int], Samples]
 ROUNDS, BATCH = 20, 12
@@ -34,7 +35,7 @@ def over_the_wire(built: Any, data: Samples) -> tuple[list[float], dict[str, Any
         if event["event"] == "round":
             losses.append(event["loss"])
 
-    plan = TrainingPlan(devices=1, rounds=ROUNDS, batch=BATCH, codec="float32", idle_s=30)
+    plan = TrainingPlan(devices=1, rounds=ROUNDS, batch=BATCH, codec="float32")
     service = TrainingService(
         built.bundle, built.trainer(ROUNDS), MemoryTransport(broker, "s"), plan, fleet="ward", on_event=note
     )

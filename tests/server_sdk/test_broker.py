@@ -122,6 +122,21 @@ def test_impossible_arguments_are_refused() -> None:
         _ = EmbeddedBroker().process
 
 
+def test_the_plugins_of_amqtt_decide_who_may_connect() -> None:
+    name = "amqtt.plugins.authentication.AnonymousAuthPlugin"
+    for allowed, code in ((True, 0), (False, 5)):
+        with EmbeddedBroker("amqtt", plugins={name: {"allow_anonymous": allowed}}) as broker:
+            assert connack(broker.port) == bytes((0x20, 2, 0, code))
+
+
+def test_plugins_are_refused_where_they_cannot_serve() -> None:
+    with pytest.raises(BrokerError, match=r"amqtt ends at once .*: ModuleNotFoundError: No module named 'no'"):
+        EmbeddedBroker("amqtt", plugins={"no.such.Plugin": {}}).start()
+    if find_mosquitto() is not None:
+        with pytest.raises(BrokerError, match="plugins are amqtt's"):
+            EmbeddedBroker("mosquitto", plugins={})
+
+
 @pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 def test_a_broker_that_does_not_start_says_why_and_is_gone() -> None:
     broker = EmbeddedBroker("mosquitto", options=("no_such_option true",))

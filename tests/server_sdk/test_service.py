@@ -18,7 +18,8 @@ from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
 from server_sdk.errors import ServerError
-from server_sdk.service import TrainingPlan, TrainingService
+from server_sdk.service import TrainingService
+from server_sdk.training_run import TrainingPlan
 
 Draw = Callable[[int, int], Samples]
 
@@ -51,6 +52,7 @@ def train(
         MemoryTransport(broker, "server"),
         plan,
         fleet="ward",
+        idle_s=20,
         on_event=run.events.append,
     )
 
@@ -89,7 +91,7 @@ def train(
     return run
 
 
-PLAN = TrainingPlan(devices=2, rounds=12, batch=6, evaluate_every=5, idle_s=20)
+PLAN = TrainingPlan(devices=2, rounds=12, batch=6, evaluate_every=5)
 
 
 @pytest.mark.parametrize("profile", ["vanilla", "paper"])
@@ -187,8 +189,10 @@ def served(built: dict[str, Any]) -> Any:
     """A service of one device and two rounds, and that device."""
     broker = MemoryBroker()
     trainer = built["vanilla"].trainer(2)
-    plan = TrainingPlan(devices=1, rounds=2, batch=3, idle_s=20)
-    service = TrainingService(built["vanilla"].bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward")
+    plan = TrainingPlan(devices=1, rounds=2, batch=3)
+    service = TrainingService(
+        built["vanilla"].bundle, trainer, MemoryTransport(broker, "server"), plan, fleet="ward", idle_s=20
+    )
     thread = threading.Thread(target=service.run)
     thread.start()
     device = Device(broker, built["vanilla"])
@@ -240,9 +244,11 @@ def test_steps_after_the_last_round_are_told_so(served: Any) -> None:
 
 
 def test_each_device_gets_its_own_part_of_the_gradient(built: dict[str, Any]) -> None:
-    broker, plan = MemoryBroker(), TrainingPlan(devices=2, rounds=1, idle_s=20, codec="float32")
+    broker, plan = MemoryBroker(), TrainingPlan(devices=2, rounds=1, codec="float32")
     bundle = built["vanilla"].bundle
-    service = TrainingService(bundle, built["vanilla"].trainer(1), MemoryTransport(broker, "s"), plan, fleet="ward")
+    service = TrainingService(
+        bundle, built["vanilla"].trainer(1), MemoryTransport(broker, "s"), plan, fleet="ward", idle_s=20
+    )
     thread = threading.Thread(target=service.run)
     thread.start()
     generator = np.random.default_rng(0)
@@ -265,9 +271,9 @@ def test_each_device_gets_its_own_part_of_the_gradient(built: dict[str, Any]) ->
 
 
 def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> None:
-    plan = TrainingPlan(devices=2, rounds=2, idle_s=0.2)
+    plan = TrainingPlan(devices=2, rounds=2)
     service = TrainingService(
-        built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(MemoryBroker(), "s"), plan
+        built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(MemoryBroker(), "s"), plan, idle_s=0.2
     )
     with pytest.raises(ServerError, match="start psgl-edge run on 2 devices"):
         service.run()
@@ -275,9 +281,15 @@ def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> 
 
 def test_a_device_learns_that_its_run_ended(built: dict[str, Any], samples: Draw) -> None:
     broker, batch = MemoryBroker(), samples(6, 1)
-    plan = TrainingPlan(devices=2, rounds=2, idle_s=0.5, deadline_s=0.1)
+    plan = TrainingPlan(devices=2, rounds=2)
     service = TrainingService(
-        built["vanilla"].bundle, built["vanilla"].trainer(2), MemoryTransport(broker, "s"), plan, fleet="ward"
+        built["vanilla"].bundle,
+        built["vanilla"].trainer(2),
+        MemoryTransport(broker, "s"),
+        plan,
+        fleet="ward",
+        deadline_s=0.1,
+        idle_s=0.5,
     )
     errors: list[Exception] = []
 
