@@ -9,13 +9,15 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench chaos fuzz clean
 
 help:
 	@echo "make demo    train on MNIST over MQTT: broker, server, three devices   [DATA=x.npz OUT=dir ARGS=...]"
 	@echo "make test    run every test"
 	@echo "make check   format, lint, types, import rules"
-	@echo "make bench   measure speed side by side with plain torch"
+	@echo "make bench   measure speed side by side with plain torch and bare MQTT"
+	@echo "make chaos   kill devices, broker and server again and again; nothing may be lost   [ARGS=--quick]"
+	@echo "make fuzz    hostile bytes for the parsers, at least 200,000 inputs"
 	@echo "PIP_ARGS=... is passed to pip (an index of CPU-only torch builds, for example)"
 
 $(BIN)/python:
@@ -46,6 +48,13 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.step --json
+	$(BIN)/python -m benchmarks.wire --json
+
+chaos: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.chaos --json $(ARGS)
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m tests.fuzz --runs 200000 $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ _BATCH = 64
 _DEVICES = 2
 _WARM_UP = 20
 _TIMES = 10
+_LIMIT_S = 45.0  # of one flood
 
 
 def main() -> int:
@@ -66,12 +68,12 @@ def main() -> int:
                     times = [
                         float(event["at_s"]) for event in run_fleet(fleet, broker, run) if event["event"] == "round"
                     ]
-                speeds[name].append((len(times) - 1 - _WARM_UP) / (times[-1] - times[_WARM_UP]))
+                speeds[name].append(_rounds_a_second(times, sent))
                 if name == "alone":
                     steps = sum(device["steps"] for device in run.devices)
                     rate = sum(device["bytes_sent"] for device in run.devices) / steps * speeds[name][-1]
                 else:
-                    floods[name].append(sent["bytes"] / sent["seconds"] / 1e6)
+                    floods[name].append(sent["bytes"] / (sent["ended_s"] - sent["began_s"]) / 1e6)
                     rejected += sum(run.figures.get("rejected", {}).values())
     figures = {
         f"flood.throughput_{_TIMES}x": ratio(speeds["10x"], speeds["alone"]),
@@ -84,6 +86,15 @@ def main() -> int:
     }
     print_figures(figures, speeds | {f"sent_{name}": values for name, values in floods.items()}, as_json=arguments.json)
     return 0
+
+
+def _rounds_a_second(times: list[float], sent: dict[str, Any]) -> float:
+    """Rounds a second while the flood lasted, after the warm-up where there was one."""
+    end = min(times[-1], sent.get("ended_s", times[-1]))
+    begin = times[_WARM_UP]
+    if begin >= end:  # it was over, by its limit, before the fleet had made so many rounds
+        begin = sent["began_s"]
+    return sum(begin < time <= end for time in times) / (end - begin)
 
 
 def _prepare(root: Path) -> tuple[Path, Path]:
@@ -114,9 +125,12 @@ def _flooding(flood: list[str] | None, broker: EmbeddedBroker, root: Path) -> It
         child = Child(
             [sys.executable, "-m", "benchmarks.flooder", *where, *flood], stdout=log, stderr=subprocess.STDOUT
         )
+        limit = threading.Timer(_LIMIT_S, child.end)  # a fleet that stands still goes on after it
+        limit.start()
         try:
             yield sent
         finally:
+            limit.cancel()
             child.end()
             log.seek(0)
             said = log.read().decode(errors="replace").strip()

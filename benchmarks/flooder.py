@@ -52,7 +52,7 @@ def main() -> int:
                         time.sleep(max(0.0, sent / arguments.bytes_per_s - (time.monotonic() - began)))
             time.sleep(0.05)
     except _End:
-        print(json.dumps({"bytes": sent, "seconds": round(time.monotonic() - began, 3)}))
+        print(json.dumps({"bytes": sent, "began_s": round(began, 3), "ended_s": round(time.monotonic(), 3)}))
     return 0
 
 

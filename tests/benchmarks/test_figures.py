@@ -115,20 +115,25 @@ def test_a_repeated_step_is_not_written_again(fleet: tuple[EchoService, MemoryTr
     assert again == (first if kind == "train" else None)
 
 
-def test_the_service_acknowledges_what_it_took(fleet: tuple[EchoService, MemoryTransport, Watched]) -> None:
+def test_the_service_acknowledges_a_training_step_and_then_answers(
+    fleet: tuple[EchoService, MemoryTransport, Watched],
+) -> None:
     service, device, _ = fleet
-    acknowledged = []
+    answered: list[bool] = []  # at each acknowledgement
     receive = service._transport.receive
+
+    def acknowledge() -> None:
+        answered.append(device.receive(0.0) is not None)
 
     def watched(timeout_s: float) -> Received | None:
         received = receive(timeout_s)
         if received is None:
             return None
-        return Received(received.topic, received.payload, received.retained, lambda: acknowledged.append(1))
+        return Received(received.topic, received.payload, received.retained, acknowledge)
 
     service._transport.receive = watched  # type: ignore[method-assign]
-    send(service, device, message("train"))
-    assert len(acknowledged) == 2
+    assert send(service, device, message("train")) is not None
+    assert answered == [False, False]
 
 
 def test_a_device_joins_and_trains(tmp_path: Path) -> None:
