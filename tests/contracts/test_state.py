@@ -211,6 +211,16 @@ def test_counters_are_set_with_the_step_and_the_others_stay(backend: Backend) ->
     assert dict(state.counters) == dict(backend.again(state).counters) == expected
 
 
+def test_counters_are_noted_without_a_step(backend: Backend) -> None:
+    state = backend.new()
+    state.begin(step_of(1), {"batches": 1, "round": 4})
+    state.note({"done": 1, "round": 5})
+    expected = {"batches": 1, "round": 5, "done": 1}
+    assert dict(state.counters) == expected and numbers(state) == [1]
+    again = backend.again(state)
+    assert dict(again.counters) == expected and numbers(again) == [1]
+
+
 def test_what_is_read_cannot_change_the_state(backend: Backend) -> None:
     state = backend.new()
     state.begin(step_of(1), {"batches": 1})

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_sdk.batch import Samples, as_batch, as_labels, batches, load_dataset, save_dataset
+from edge_sdk.batch import Samples, as_batch, as_labels, batches, load_dataset, save_dataset, shuffled
 from edge_sdk.errors import BatchError
 
 SHAPE = (1, 4, 4)
@@ -170,3 +170,22 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BatchError, match="cannot be written"):
         save_dataset(tmp_path / "file" / "x.npz", part, part)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("skip", [1, 5, 17])
+def test_batches_go_on_where_a_device_stopped(skip: int, shift: int) -> None:
+    samples = Samples(np.random.default_rng(0).integers(0, 256, (23, 1, 8, 8), dtype=np.uint8), np.arange(23) % 3)
+    whole = list(itertools.islice(batches(samples, 5, seed=3, device="d", shift=shift), skip + 4))
+    rest = list(itertools.islice(batches(samples, 5, seed=3, device="d", shift=shift, skip=skip), 4))
+    for ours, theirs in zip(rest, whole[skip:], strict=True):
+        assert np.array_equal(ours.x, theirs.x) and np.array_equal(ours.y, theirs.y)
+
+
+def test_shuffled_gives_each_sample_once_in_the_devices_own_order() -> None:
+    samples = Samples(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40))
+    first = shuffled(samples, seed=1, device="a")
+    assert sorted(first.y.tolist()) == list(range(40)) and (first.x.ravel() == first.y).all()
+    assert np.array_equal(first.y, shuffled(samples, seed=1, device="a").y)
+    assert not np.array_equal(first.y, shuffled(samples, seed=1, device="b").y)
+    assert not np.array_equal(first.y, shuffled(samples, seed=2, device="a").y)
