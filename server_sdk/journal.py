@@ -16,7 +16,7 @@ from typing import Any, Literal
 from edge_sdk.wire import Message
 from server_sdk.checkpoint import Checkpoints
 from server_sdk.errors import CheckpointError
-from server_sdk.log import Log, Place, Record
+from server_sdk.log import Log, Place, Record, remove
 from server_sdk.training_run import Outgoing, TrainingRun
 
 __all__ = ["Durability", "Journal", "Kept"]
@@ -90,9 +90,13 @@ class Journal:
 
     @classmethod
     def forget(cls, folder: Path) -> None:
-        """Remove log and checkpoints of whatever run a folder holds."""
-        for name in ("log", "checkpoints"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        """Remove log and checkpoints of whatever run a folder holds.
+
+        Raises:
+            LogError: another server uses the folder, or the disk refuses.
+        """
+        remove(folder / "log")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     @staticmethod
     def kept(folder: Path) -> Kept | None:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -33,7 +34,7 @@ from server_sdk.segments import (
     segments_of,
 )
 
-__all__ = ["Damage", "Log", "Place", "Record", "scan"]
+__all__ = ["Damage", "Log", "Place", "Record", "remove", "scan"]
 
 
 class Log:
@@ -338,6 +339,23 @@ class Log:
             if each >= 0:
                 os.close(each)
         self._file = self._folder_file = self._lock_file = -1
+
+
+def remove(folder: Path) -> None:
+    """Delete a log with all its records; nothing happens if there is none.
+
+    Raises:
+        LogError: another process uses it, or the disk refuses.
+    """
+    if not folder.is_dir():
+        return
+    with disk_errors(folder):
+        held = _locked(folder)
+        try:
+            shutil.rmtree(folder)
+        finally:
+            for each in held:
+                os.close(each)
 
 
 def _interval_s(sync: str | float) -> float:

@@ -2,8 +2,9 @@
 
 A log is a folder of segments ``<position of the first record, 12 digits>.log``. A segment is a CBOR sequence (RFC
 8742) of records, so any CBOR tool reads it. A record is the array [position, crc, payload] under a head of fixed size:
-position counts from 1 through all segments without a gap, crc is the CRC-32 (zlib, ITU-T V.42) of the payload, and
-the payload is the bytes of the map {"kind": text, "fields": plain data, "body": bytes}.
+position counts from 1 through all segments without a gap, payload is the bytes of the map {"kind": text, "fields":
+plain data, "body": bytes}, and crc is the CRC-32 (zlib, ITU-T V.42) of the position's 8 bytes, big-endian, and of the
+payload behind them: the head of one record before the payload of another is no record.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def encode(position: int, kind: str, fields: Mapping[str, Any], body: bytes, max
             f"record {position} ({kind}) of {size} bytes is above max_record_bytes={max_record_bytes}: raise the limit"
         )
     inner += len(body).to_bytes(4, "big")
-    crc = zlib.crc32(body, zlib.crc32(inner))
+    crc = zlib.crc32(body, zlib.crc32(inner, _crc_of(position)))
     return _HEAD.pack(0x83, 0x1B, position, 0x1A, crc, 0x5A, size) + inner
 
 
@@ -254,7 +255,7 @@ def read_segment(segment: Segment, start: int, max_record_bytes: int, *, last: b
                 offset, expected = end, expected + 1
                 continue
             payload = file.read(length) if whole else b""
-            if not whole or len(payload) != length or zlib.crc32(payload) != crc:
+            if not whole or len(payload) != length or zlib.crc32(payload, _crc_of(expected)) != crc:
                 yield _diagnose(file, segment, offset, expected, max_record_bytes, last=last)
                 return None
             record = _decode(expected, payload)
@@ -335,7 +336,7 @@ def _good_record(file: BinaryIO, offset: int, size: int, expected: int, max_reco
             if not expected <= position <= expected + size or length > min(size - begin, max_record_bytes):
                 continue
             budget -= length
-            if budget < 0 or _crc(file, begin, length) == crc:
+            if budget < 0 or _crc_in(file, begin, length, position) == crc:
                 return offset + at
         if len(window) < _PATTERN_BYTES:
             return None  # the file is shorter than it was
@@ -343,9 +344,13 @@ def _good_record(file: BinaryIO, offset: int, size: int, expected: int, max_reco
     return None
 
 
-def _crc(file: BinaryIO, offset: int, length: int) -> int:
+def _crc_of(position: int) -> int:
+    return zlib.crc32(position.to_bytes(8, "big"))
+
+
+def _crc_in(file: BinaryIO, offset: int, length: int, position: int) -> int:
     file.seek(offset)
-    crc = 0
+    crc = _crc_of(position)
     while length and (part := file.read(min(length, _WINDOW_BYTES))):
         crc = zlib.crc32(part, crc)
         length -= len(part)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,10 @@ def _bundle(data: bytes) -> list[str]:
     """A bundle file; what is read was named in its manifest with its size and hash."""
     for name, value in _BUNDLE_LIMITS.items():
         setattr(bundles, name, value)
-    path = _bundle_path()
-    path.write_bytes(data)
+    file = _bundle_file()
+    os.truncate(file, 0)
+    os.pwrite(file, data, 0)
+    path = Path(f"/proc/self/fd/{file}")
     allowance = 2 * sum(_BUNDLE_LIMITS.values()) + 6 * len(data) + 60 * _BUNDLE_LIMITS["_MAX_MANIFEST_BYTES"]
     with _at_most(allowance + (1 << 20), "loading a bundle"):
         try:
@@ -298,10 +300,10 @@ def _check_bundle(path: Path, bundle: bundles.Bundle) -> None:
     _require(dict(manifest.server) == document["server"], "the server's part is not that of the manifest")
 
 
-def _bundle_path() -> Path:
-    shared = Path("/dev/shm")  # memory, where there is one: two hundred writes a second are no work for a disk
-    folder = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    return folder / f"fuzz-{os.getpid()}.psgl"
+@cache
+def _bundle_file() -> int:
+    """A file without a name, in memory, that goes when the process ends."""
+    return os.memfd_create("bundle")
 
 
 # ---------------------------------------------------------------- topics

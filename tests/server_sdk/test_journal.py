@@ -284,3 +284,14 @@ def test_a_full_disk_stops_nothing_for_good(
     tight = run_with_crashes(built["vanilla"], samples, PLAN, tmp_path / "tight", [])
     assert calls > 20 and quiet.errors == tight.errors == []
     assert same(quiet.weights, tight.weights)
+
+
+def test_a_run_that_another_server_trains_is_not_forgotten(built: dict[str, Any], tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin(TrainingRun("r", built["vanilla"].bundle.id, built["vanilla"].trainer(8), PLAN))
+    with pytest.raises(LogError, match="in use"):
+        Journal.forget(tmp_path)
+    assert Journal.kept(tmp_path) is not None
+    journal.close()
+    Journal.forget(tmp_path)
+    assert Journal.kept(tmp_path) is None

@@ -139,13 +139,13 @@ def test_a_segment_is_a_cbor_sequence_with_heads_of_fixed_size(tmp_path: Path) -
     log.close()
     data = segment(tmp_path).read_bytes()
     payload = bytes.fromhex("a3 64 6b696e64 64 7475726e 66 6669656c6473 a1 61 61 01 64 626f6479 5a 00000002 7879")
-    head = bytes.fromhex("83 1b 0000000000000001 1a") + zlib.crc32(payload).to_bytes(4, "big")
+    head = bytes.fromhex("83 1b 0000000000000001 1a") + zlib.crc32((1).to_bytes(8, "big") + payload).to_bytes(4, "big")
     head += b"\x5a" + len(payload).to_bytes(4, "big")
     assert data.startswith(head + payload) and len(head) == HEAD_BYTES
     with segment(tmp_path).open("rb") as file:
         for position in range(1, 5):
             number, crc, inner = cbor2.load(file)
-            assert (number, crc) == (position, zlib.crc32(inner))
+            assert (number, crc) == (position, zlib.crc32(position.to_bytes(8, "big") + inner))
             assert set(cbor2.loads(inner)) == {"kind", "fields", "body"}
         assert not file.read()
 
@@ -357,7 +357,7 @@ def test_a_tail_full_of_imitations_costs_bounded_time_and_is_not_cut_off(
     monkeypatch.setattr(zlib, "crc32", crc32)
     with pytest.raises(LogError, match="there are records from byte"):
         Log(tmp_path, max_record_bytes=20_000)
-    assert 0 < summed <= 4 * 20_000
+    assert 50_000 < summed <= 4 * 20_000 + 1000
 
 
 Scenario = Callable[[Path], None]
@@ -572,6 +572,18 @@ def test_any_changed_byte_before_the_last_record_is_named(tmp_path: Path) -> Non
         assert path.read_bytes() == damaged, "nothing is repaired"
 
 
+def test_the_head_of_one_record_before_the_payload_of_another_is_no_record(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    fill(log, 5)
+    log.close()
+    data = segment(tmp_path).read_bytes()
+    begins = offsets(tmp_path)
+    for kept in range(2, 14):  # bytes of the head of record 2 before what follows them in record 3
+        segment(tmp_path).write_bytes(data[: begins[1] + kept] + data[begins[2] + kept :])
+        with pytest.raises(LogError, match=f"at byte {begins[1]}:"):
+            Log(tmp_path)
+
+
 def test_damage_in_an_older_segment_is_named_when_it_is_read(tmp_path: Path) -> None:
     log = Log(tmp_path)
     for _ in range(3):
@@ -652,8 +664,8 @@ def test_a_record_above_this_servers_limit_is_not_taken_for_torn(tmp_path: Path)
     ],
 )
 def test_a_record_of_another_writer_is_refused_and_never_cut_off(tmp_path: Path, payload: bytes) -> None:
-    head = b"\x83\x1b" + (1).to_bytes(8, "big") + b"\x1a" + zlib.crc32(payload).to_bytes(4, "big")
-    segment(tmp_path).write_bytes(head + b"\x5a" + len(payload).to_bytes(4, "big") + payload)
+    crc = zlib.crc32((1).to_bytes(8, "big") + payload)
+    segment(tmp_path).write_bytes(head_of(1, len(payload), crc) + payload)
     with pytest.raises(LogError, match="no record of this log"):
         Log(tmp_path)
 
