@@ -1,9 +1,9 @@
 """What it costs that nothing is lost: steps a second of ``benchmarks.step``'s one device under each way to keep them.
 
 A fleet whose server keeps nothing (``--durability off``) and whose device leaves its database to the system
-(``--state-sync off``) is what all others are compared with, in the same turn. A full run measures all of them, a
-quick one the default and the strictest. Beside them stand the single writes in milliseconds: means of 40 in a row (checkpoints: of
-10), so that what comes once in many (SQLite writing its log back) has its share, and of these means the median.
+(``--state-sync off``) is what all others are compared with, in the same turn. A quick run measures only the default
+and the strictest. Beside them stand the single writes in milliseconds: means of 40 in a row (checkpoints: of 10), so
+that what comes once in many (SQLite writing its log back) has its share, and of these means the median.
 """
 
 from __future__ import annotations

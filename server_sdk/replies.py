@@ -17,10 +17,10 @@ class Replies:
 
     Args:
         kept: replies kept for each device; a device has one step in flight, so a few are plenty.
-        max_devices: beyond this number the device that was silent longest is forgotten.
+        max_devices: beyond this number the device that was silent longest is forgotten; the inbox listens to fewer.
     """
 
-    def __init__(self, *, kept: int = 2, max_devices: int = 1024) -> None:
+    def __init__(self, *, kept: int = 2, max_devices: int = 4096) -> None:
         self._kept = kept
         self._max_devices = max_devices
         self._replies: OrderedDict[str, OrderedDict[tuple[str, int], tuple[bytes, ...]]] = OrderedDict()

@@ -356,6 +356,9 @@ class TrainingService:
             self._send(outgoing)
         if self._run.trained is not None:
             self._show(self._run.trained)
+        if self._run.failed:
+            devices = ", ".join(sorted({outgoing.device for outgoing in replies}))
+            self._on_event({"event": "refused", "device": devices, "reason": "training", "why": self._run.failed})
         return True
 
     def _show(self, trained: Trained) -> None:

@@ -132,6 +132,7 @@ class TrainingRun:
         version: of the synchronised front; 0: as exported.
         store: the samples that were sent once (``frozen``).
         trained: what the last record trained, or None.
+        failed: why the last record trained nothing although it should have, or empty.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class TrainingRun:
         self.version = 0
         self.store = ActivationStore(plan.seed, plan.batch * plan.devices, plan.weights)
         self.trained: Trained | None = None
+        self.failed = ""
         self._front: dict[str, NDArray[np.float32]] = {}
 
     @property
@@ -194,7 +196,7 @@ class TrainingRun:
             raise CheckpointError(
                 f"record {record.position} follows {self.position}: log and checkpoint do not belong together"
             )
-        self.trained = None
+        self.trained, self.failed = None, ""
         try:
             replies = self._apply(record, place, message)
         except (KeyError, TypeError, ValueError, WireError) as exc:
@@ -337,7 +339,8 @@ class TrainingRun:
         try:
             result = self._trainer.step(activations, labels, weights)
         except TrainingError as exc:
-            refusal = {"reason": "training", "detail": str(exc)}
+            self.failed = str(exc)
+            refusal = {"reason": "training", "detail": self.failed}
             return [self._reply(key, "refused", refusal) for key in keys]
         self.round += 1
         devices = tuple(key[0] for key in keys)

@@ -17,7 +17,7 @@ from edge_sdk.errors import RefusedError, TransportError
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
-from server_sdk.errors import ServerError
+from server_sdk.errors import ServerError, TrainingError
 from server_sdk.service import TrainingService
 from server_sdk.training_run import TrainingPlan
 
@@ -230,6 +230,25 @@ def test_a_refused_step_leaves_the_run_going(served: Any) -> None:
     device.tell("online")
     assert trainer.round == 0
     device.send(3)
+    assert device.receive().kind == "gradient"
+
+
+def test_a_step_that_cannot_be_trained_is_refused_and_stays_refused(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, trainer = served
+
+    def diverge(*arguments: Any) -> Any:
+        raise TrainingError("the losses are [nan]")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "step", diverge)
+        device.send(1)
+        refused = device.receive()
+    assert (refused.kind, refused.fields["reason"]) == ("refused", "training") and "nan" in refused.fields["detail"]
+    device.send(1)
+    assert device.receive() == refused and trainer.round == 0
+    device.send(2)
     assert device.receive().kind == "gradient"
 
 
