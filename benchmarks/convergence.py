@@ -288,7 +288,7 @@ def _print_table(results: Mapping[_Cell, _Result], as_json: bool, title: str) ->
             *(str(result.rounds), f"{result.seconds:.0f}"),
             *(f"{result.bytes_per_sample:,.0f}", f"{result.megabytes:,.0f}"),
         )
-    Console(stderr=as_json, width=110).print(table)
+    Console(stderr=as_json, width=120).print(table)
 
 
 def _print_figures(

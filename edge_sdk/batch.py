@@ -171,13 +171,19 @@ def _shifted(x: npt.NDArray[Any], by: int, offsets: npt.NDArray[np.int64]) -> np
     return np.stack([image[(slice(None), *window)] for image, window in zip(grown, cut, strict=True)])
 
 
-def load_dataset(path: str | Path) -> Dataset:
+def load_dataset(path: str | Path, *, classes: int | None = None) -> Dataset:
     """Read a data file.
 
     Odd heights and widths are padded with zeros at the bottom and the right to even ones; ``notes`` says so.
 
+    Args:
+        path: the file.
+        classes: K of the bundle that the samples are for; a device need not have samples of each class. None: the
+            training labels say it.
+
     Raises:
-        BatchError: no file, wrong keys or shapes, NaN, values outside [0, 1], one class, labels out of range.
+        BatchError: no file, wrong keys or shapes, NaN, values outside [0, 1], labels out of range; without
+            ``classes`` a single class or a gap between labels.
     """
     path = Path(path)
     arrays = _read(path)
@@ -186,7 +192,26 @@ def load_dataset(path: str | Path) -> Dataset:
         raise BatchError(
             f"{path}: training samples are {train.x.shape[1:]}, test samples {test.x.shape[1:]}: they must agree"
         )
-    present = np.unique(train.y)
+    classes = _classes(path, train.y) if classes is None else classes
+    for part, labels in (("training", train.y), ("test", test.y)):
+        if labels.min() < 0 or labels.max() >= classes:
+            raise BatchError(
+                f"{path}: {part} labels go from {labels.min()} to {labels.max()}, "
+                f"but there are {classes} classes, 0 to {classes - 1}: relabel them"
+            )
+    dataset = Dataset(train, test, classes)
+    height, width = dataset.input_shape[1:]
+    if height % 2 or width % 2:
+        padding = ((0, 0), (0, 0), (0, height % 2), (0, width % 2))
+        grown = [replace(part, x=np.pad(part.x, padding)) for part in (train, test)]
+        note = f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
+        dataset = Dataset(grown[0], grown[1], classes, (note,))
+    return dataset
+
+
+def _classes(path: Path, labels: npt.NDArray[np.int64]) -> int:
+    """How many classes training labels without gaps stand for."""
+    present = np.unique(labels)
     classes = len(present)
     if classes < 2:
         raise BatchError(
@@ -197,19 +222,7 @@ def load_dataset(path: str | Path) -> Dataset:
             f"{path}: training labels must be 0 to K-1 without gaps and K at most {_MAX_CLASSES}, "
             f"these are {classes} classes from {present[0]} to {present[-1]}: relabel them"
         )
-    if test.y.min() < 0 or test.y.max() >= classes:
-        raise BatchError(
-            f"{path}: test labels go from {test.y.min()} to {test.y.max()}, "
-            f"but the training labels are 0 to {classes - 1}: relabel them"
-        )
-    dataset = Dataset(train, test, classes)
-    height, width = dataset.input_shape[1:]
-    if height % 2 or width % 2:
-        padding = ((0, 0), (0, 0), (0, height % 2), (0, width % 2))
-        grown = [replace(part, x=np.pad(part.x, padding)) for part in (train, test)]
-        note = f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
-        dataset = Dataset(grown[0], grown[1], classes, (note,))
-    return dataset
+    return classes
 
 
 def save_dataset(path: str | Path, train: Samples, test: Samples) -> None:

@@ -123,14 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     bundle = load_bundle(arguments.bundle)
-    dataset = load_dataset(arguments.data)
+    dataset = load_dataset(arguments.data, classes=len(bundle.manifest.classes))
     if dataset.input_shape != bundle.manifest.input_shape:
         raise BatchError(
             f"{arguments.data} has samples of shape {dataset.input_shape}, "
             f"the bundle takes {bundle.manifest.input_shape}: use the bundle that was exported for this data"
         )
-    if dataset.classes > len(bundle.manifest.classes):
-        raise BatchError(f"{arguments.data} has {dataset.classes} classes, the bundle {len(bundle.manifest.classes)}")
     if not 1024 <= arguments.chunk_bytes <= 1 << 20:
         raise ConfigError("--chunk-bytes is 1024 to 1048576")
     if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:

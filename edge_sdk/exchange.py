@@ -17,7 +17,7 @@ from typing import Any
 from edge_sdk import topics
 from edge_sdk.errors import RefusedError, TransportError, WireError
 from edge_sdk.state import OutboxStep
-from edge_sdk.transport import Transport, Will
+from edge_sdk.transport import Received, Transport, Will
 from edge_sdk.version import __version__
 from edge_sdk.wire import (
     VERSION,
@@ -150,6 +150,7 @@ class Exchange:
         self._heard = 0.0
         self._waiting: dict[int, _Waiting] = {}
         self._arrived: deque[Reply] = deque()
+        self._taken: deque[Received] = deque()
         self._status: dict[str, Any] = {"status": "online"}
         self._joined = False
         self.plan: Plan | None = None
@@ -328,10 +329,16 @@ class Exchange:
                 raise
 
     def _receive(self, timeout_s: float) -> None:
-        """Take one message: an announcement is noted, a reply kept, anything else counted."""
+        """Take one message: an announcement is noted, a reply kept, anything else counted.
+
+        It is acknowledged to the broker when the next one is asked for, so that a reply takes effect first.
+        """
+        while self._taken:
+            self._taken.popleft().acknowledge()
         received = self._transport.receive(timeout_s)
         if received is None:
             return
+        self._taken.append(received)
         self.traffic.bytes_received += len(received.payload)
         try:
             message = self._assembler.add(decode_frame(received.payload, self._limits))
@@ -342,8 +349,6 @@ class Exchange:
             foreign = foreign_version(received.payload) if received.topic == self._model_topic else None
             if foreign is not None:
                 _refuse_version([foreign.version])
-        finally:
-            received.acknowledge()
 
     def _take(self, topic: str, message: Message) -> None:
         if topic == self._model_topic:

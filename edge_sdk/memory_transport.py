@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from itertools import count
 from typing import NamedTuple
@@ -238,19 +239,29 @@ class MemoryTransport:
                     "wait for it or raise max_queued"
                 )
 
-    def subscribe(self, pattern: str) -> None:
+    def subscribe(self, *patterns: str) -> None:
         """Subscribe. See :meth:`Transport.subscribe`."""
-        check_pattern(pattern)
+        for pattern in patterns:
+            check_pattern(pattern)
         with self._broker._lock:
             self._require_open()
-            self._refused_patterns = tuple(known for known in self._refused_patterns if known != pattern)
-            if self._connected and pattern in self._broker._forbidden:
-                self._patterns = [known for known in self._patterns if known != pattern]
-                raise TransportError(f"the broker in memory refuses the subscription {pattern!r}: correct its ACL")
-            if pattern not in self._patterns:
-                self._patterns.append(pattern)
-            if self._connected:
-                self._broker._subscribe(self._broker._session(self), pattern)
+            self._forget(patterns)
+            refused = [each for each in patterns if self._connected and each in self._broker._forbidden]
+            for pattern in patterns:
+                if pattern not in refused:
+                    self._patterns.append(pattern)
+                    if self._connected:
+                        self._broker._subscribe(self._broker._session(self), pattern)
+            if refused:
+                names = ", ".join(map(repr, refused))
+                raise TransportError(f"the broker in memory refuses the subscription {names}: correct its ACL")
+
+    def unsubscribe(self, *patterns: str) -> None:
+        """End subscriptions. See :meth:`Transport.unsubscribe`."""
+        with self._broker._lock:
+            self._require_open()
+            self._forget(patterns)
+            self._broker._session(self).patterns.difference_update(patterns)
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message, or None. See :meth:`Transport.receive`."""
@@ -293,6 +304,10 @@ class MemoryTransport:
         with self._broker._lock:
             if self._connected and generation == self._generation:
                 session.unacknowledged.pop(number, None)
+
+    def _forget(self, patterns: Sequence[str]) -> None:
+        self._patterns = [known for known in self._patterns if known not in patterns]
+        self._refused_patterns = tuple(known for known in self._refused_patterns if known not in patterns)
 
     def _require_open(self) -> None:
         if not self._open:

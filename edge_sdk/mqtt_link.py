@@ -96,6 +96,7 @@ class Link(Protocol):
     farewell: str | None
     published: deque[str | None]  # one entry a PUBACK: None, or why the message was refused
     subscribed: dict[int, list[str | None]]  # by packet id, one entry a pattern: None, or why it was refused
+    unsubscribed: dict[int, list[str | None]]  # the same; no entries where the broker speaks MQTT 3.1.1
     renewed: tuple[tuple[str, ...], int | None]  # patterns subscribed on connecting, packet id
 
     def connect(self) -> None:
@@ -113,6 +114,9 @@ class Link(Protocol):
 
     def subscribe(self, patterns: tuple[str, ...]) -> int | None:
         """Subscribe with QoS 1; the packet id, or None without a connection."""
+
+    def unsubscribe(self, patterns: tuple[str, ...]) -> int | None:
+        """Unsubscribe; returns as ``subscribe``."""
 
     def acknowledge(self, mid: int) -> None:
         """Send a PUBACK."""

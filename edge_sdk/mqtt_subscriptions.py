@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from edge_sdk.mqtt_link import Link
 
@@ -18,27 +19,41 @@ class Subscriptions:
     Attributes:
         patterns: what was subscribed to.
         refused: of these, what the broker does not grant now.
+        unwanted: what was subscribed to, and the broker has not confirmed that it ended.
     """
 
     def __init__(self) -> None:
         self.patterns: tuple[str, ...] = ()
         self.refused: tuple[str, ...] = ()
+        self.unwanted: tuple[str, ...] = ()
         self._asked: dict[int, tuple[str, ...]] = {}  # by packet id, what no caller waits for
+        self._ending: dict[int, tuple[str, ...]] = {}  # the same of UNSUBSCRIBE
         self._ask_again_at = 0.0
 
-    def add(self, pattern: str) -> None:
-        """Want a pattern."""
-        if pattern not in self.patterns:
-            self.patterns = (*self.patterns, pattern)
+    def add(self, patterns: tuple[str, ...]) -> None:
+        """Want patterns."""
+        self.unwanted = _without(self.unwanted, patterns)
+        self.patterns += _without(patterns, self.patterns)
 
-    def answered(self, pattern: str, *, granted: bool) -> None:
-        """Somebody waited for the answer to this pattern: a refused one is no longer wanted."""
-        self.refused = _without(self.refused, (pattern,))
-        if not granted:
-            self.patterns = _without(self.patterns, (pattern,))
+    def remove(self, patterns: tuple[str, ...]) -> None:
+        """Want patterns no longer, until ``ended`` at each connection anew."""
+        self.patterns = _without(self.patterns, patterns)
+        self.refused = _without(self.refused, patterns)
+        self.unwanted += _without(patterns, self.unwanted)
+
+    def ended(self, patterns: tuple[str, ...]) -> None:
+        """The broker has answered the UNSUBSCRIBE of these patterns."""
+        self.unwanted = _without(self.unwanted, patterns)
+
+    def answered(self, patterns: tuple[str, ...], answers: Sequence[str | None]) -> tuple[str, ...]:
+        """Somebody waited for the answer to these patterns: returns the refused ones, which are no longer wanted."""
+        refused = tuple(pattern for pattern, why in zip(patterns, answers, strict=False) if why is not None)
+        self.refused = _without(self.refused, patterns)
+        self.patterns = _without(self.patterns, refused)
+        return refused
 
     def connected(self, link: Link) -> dict[str, str]:
-        """Take the answer to the subscriptions that were renewed on connecting, and ask for those made since.
+        """Take the answer to the subscriptions that were renewed on connecting, ask for those made since, end others.
 
         Returns:
             Why the broker refuses a pattern, for each that it refuses.
@@ -47,6 +62,8 @@ class Subscriptions:
         self._asked = {} if mid is None else {mid: patterns}
         refused = self.settle(link)
         self._ask(link, _without(self.patterns, patterns))
+        mid = link.unsubscribe(self.unwanted) if self.unwanted else None
+        self._ending = {} if mid is None else {mid: self.unwanted}
         return refused
 
     def settle(self, link: Link) -> dict[str, str]:
@@ -55,9 +72,12 @@ class Subscriptions:
         for mid in self._asked.keys() & link.subscribed.keys():
             patterns = self._asked.pop(mid)
             answers = zip(patterns, link.subscribed.pop(mid), strict=False)
-            refused |= {pattern: why for pattern, why in answers if why is not None}
+            refused |= {pattern: why for pattern, why in answers if why is not None and pattern in self.patterns}
             self.refused = _without(self.refused, patterns)
         self.refused += tuple(refused)
+        for mid in self._ending.keys() & link.unsubscribed.keys():
+            del link.unsubscribed[mid]
+            self.ended(self._ending.pop(mid))
         return refused
 
     def ask_again(self, link: Link) -> None:
@@ -73,4 +93,5 @@ class Subscriptions:
 
 
 def _without(patterns: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(pattern for pattern in patterns if pattern not in others)
+    left_out = set(others)
+    return tuple(pattern for pattern in patterns if pattern not in left_out)

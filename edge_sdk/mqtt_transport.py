@@ -32,6 +32,7 @@ _STABLE_S = 5.0  # a connection that lived this long starts the delays anew
 _FLUSH_S, _GOODBYE_S = 1.0, 0.3
 _OVERHEAD_BYTES = 64  # header, packet id and properties of a PUBLISH
 _FRUITLESS = 3
+_NAMED = 3  # patterns in an error
 
 
 class MqttTransport(ABC):
@@ -142,28 +143,53 @@ class MqttTransport(ABC):
             self._pending.append((topic, payload, retain))
             self._pump()
 
-    def subscribe(self, pattern: str) -> None:
+    def subscribe(self, *patterns: str) -> None:
         """Subscribe (QoS 1), confirmed by a connected broker. See :meth:`Transport.subscribe`."""
-        check_pattern(pattern)
+        for pattern in patterns:
+            check_pattern(pattern)
         with self._changed:
             link = self._require_open()
-            self._subscriptions.add(pattern)
-            generation = self._generation
-            mid = link.subscribe((pattern,)) if self._connected else None
-            if mid is None:
-                return  # the next connection subscribes
+            self._subscriptions.add(patterns)
+            answers = self._ask(link.subscribe, link.subscribed, patterns)
+            refused = () if answers is None else self._subscriptions.answered(patterns, answers)
+        if refused:
+            raise TransportError(
+                f"the broker at {self._connection.address} refuses the subscription {_named(refused)}: correct its ACL"
+            )
 
-            def answered() -> bool:
-                return mid in link.subscribed or generation != self._generation or not self._connected
+    def unsubscribe(self, *patterns: str) -> None:
+        """End subscriptions, confirmed by a connected broker. See :meth:`Transport.unsubscribe`."""
+        with self._changed:
+            link = self._require_open()
+            self._subscriptions.remove(patterns)
+            answers = self._ask(link.unsubscribe, link.unsubscribed, patterns)
+            if answers is None:
+                return
+            self._subscriptions.ended(patterns)
+        if any(answers):
+            raise TransportError(
+                f"the broker at {self._connection.address} refuses to end {_named(patterns)}: correct its ACL"
+            )
 
+    def _ask(
+        self,
+        ask: Callable[[tuple[str, ...]], int | None],
+        answers: dict[int, list[str | None]],
+        patterns: tuple[str, ...],
+    ) -> list[str | None] | None:
+        """Ask, and wait for the answer; None: the connection is lost, the next one asks. The lock is held."""
+        generation = self._generation
+        mid = ask(patterns) if self._connected and patterns else None
+        if mid is None:
+            return None
+
+        def answered() -> bool:
+            return mid in answers or generation != self._generation or not self._connected
+
+        if not self._changed.wait_for(answered, self._connection.connect_timeout_s):
             address = self._connection.address
-            if not self._changed.wait_for(answered, self._connection.connect_timeout_s):
-                raise TransportError(f"the broker at {address} does not confirm {pattern!r}: is it overloaded?")
-            answers = link.subscribed.pop(mid, None)
-            if answers is not None:  # else the connection is lost, the next one renews it
-                self._subscriptions.answered(pattern, granted=not any(answers))
-            if any(answers or ()):
-                raise TransportError(f"the broker at {address} refuses the subscription {pattern!r}: correct its ACL")
+            raise TransportError(f"the broker at {address} does not confirm {_named(patterns)}: is it overloaded?")
+        return answers.pop(mid, None)
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message, or None. See :meth:`Transport.receive`."""
@@ -364,7 +390,7 @@ class MqttTransport(ABC):
 
     def _settle(self, link: Link) -> None:
         """Act upon what the callbacks noted."""
-        if not link.published and not link.subscribed and not self._pending:
+        if not (link.published or link.subscribed or link.unsubscribed or self._pending):
             return
         with self._changed:
             while link.published:
@@ -394,6 +420,11 @@ class MqttTransport(ABC):
         """The broker accepts the connection (in the library's callback); the patterns to renew first."""
         self._acknowledging = self._attempt
         return self._subscriptions.patterns
+
+
+def _named(patterns: tuple[str, ...]) -> str:
+    more = f" and {len(patterns) - _NAMED} more" if len(patterns) > _NAMED else ""
+    return ", ".join(map(repr, patterns[:_NAMED])) + more
 
 
 def _nothing() -> None:

@@ -79,6 +79,7 @@ class _PahoLink:
         self.farewell: str | None = None
         self.published: deque[str | None] = deque()
         self.subscribed: dict[int, list[str | None]] = {}
+        self.unsubscribed: dict[int, list[str | None]] = {}
         self.renewed: tuple[tuple[str, ...], int | None] = ((), None)
         self._address = connection.address
         self._accepted = accepted
@@ -113,6 +114,7 @@ class _PahoLink:
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
         client.on_socket_open = _no_delay
         client.on_socket_register_write = _nothing  # else paho writes in the publisher's thread, too
         properties = None
@@ -132,6 +134,7 @@ class _PahoLink:
     def connect(self) -> None:
         self.answer, self.farewell, self.renewed = None, None, ((), None)
         self.subscribed.clear()
+        self.unsubscribed.clear()
         try:
             self._client.reconnect()
         except ssl.SSLCertVerificationError as exc:
@@ -160,6 +163,9 @@ class _PahoLink:
 
     def subscribe(self, patterns: tuple[str, ...]) -> int | None:
         return self._client.subscribe([(pattern, 1) for pattern in patterns])[1]
+
+    def unsubscribe(self, patterns: tuple[str, ...]) -> int | None:
+        return self._client.unsubscribe(list(patterns))[1]
 
     def acknowledge(self, mid: int) -> None:
         self._client.ack(mid, 1)
@@ -200,6 +206,9 @@ class _PahoLink:
 
     def _on_subscribe(self, _client: Client, _data: Any, mid: int, codes: list[ReasonCode], _props: Any) -> None:
         self.subscribed[mid] = [code.getName() if code.is_failure else None for code in codes]
+
+    def _on_unsubscribe(self, _client: Client, _data: Any, mid: int, codes: list[ReasonCode], _props: Any) -> None:
+        self.unsubscribed[mid] = [code.getName() if code.is_failure else None for code in codes]
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
         topic: str | None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,7 +338,7 @@ def forget(path: Path | str) -> None:
 
 
 def _record_of(progress: _Progress) -> Statement:
-    return record_map("progress", asdict(progress))
+    return record_map("progress", vars(progress))
 
 
 def _deletion_of(row: _Row) -> Statement:

@@ -30,7 +30,7 @@ _FORMATS = (b"\1\1", b"\2\2")  # of writing and reading (bytes 18, 19): SQLite o
 _SIDE_FILES = ("-wal", "-shm", "-journal")
 
 _PAGE_BYTES = 16384  # a batch takes few pages, a small commit few bytes
-_WAL_BYTES = 8 << 20  # of log before its pages go into the database: many steps share the fsyncs of that
+_WAL_BYTES = 16 << 20  # of log before its pages go into the database: many steps share the fsyncs of that
 _SETTINGS = (
     f"page_size = {_PAGE_BYTES}",
     "locking_mode = EXCLUSIVE",

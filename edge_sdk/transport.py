@@ -169,15 +169,26 @@ class Transport(Protocol):
                 without a connection, or with a broker that takes nothing for ``connect_timeout_s``.
         """
 
-    def subscribe(self, pattern: str) -> None:
-        """Receive what is published on a topic pattern (``+``, ``#``) from now on, and after every reconnect.
+    def subscribe(self, *patterns: str) -> None:
+        """Receive what is published on these topic patterns (``+``, ``#``) from now on, and after every reconnect.
 
-        Without a connection it returns at once, and ``receive`` tells what the broker says later. A broker may
-        also grant what its ACL forbids and then send nothing, as Mosquitto does with an ``acl_file`` (its
-        dynamic security plugin refuses).
+        All are asked for in one packet. Without a connection it returns at once, and ``receive`` tells what the
+        broker says later. A broker may also grant what its ACL forbids and then send nothing, as Mosquitto does
+        with an ``acl_file`` (its dynamic security plugin refuses).
 
         Raises:
-            TransportError: the pattern is none, or the broker refuses it.
+            TransportError: a pattern is none, then nothing is subscribed to; or the broker refuses some, which the
+                error names: the others hold.
+        """
+
+    def unsubscribe(self, *patterns: str) -> None:
+        """Receive no more of what is published on these patterns, now and after reconnects; one packet for all.
+
+        What the broker or this transport held before may still come, and so does what another pattern receives.
+        A pattern that was not subscribed to is no error. Without a connection the next one ends the subscription.
+
+        Raises:
+            TransportError: the transport is not open; or the broker does not confirm, or refuses.
         """
 
     def receive(self, timeout_s: float) -> Received | None:

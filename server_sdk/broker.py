@@ -43,6 +43,7 @@ persistence false
 set_tcp_nodelay true
 max_inflight_messages 500
 max_queued_messages 100000
+max_queued_bytes 134217728
 sys_interval 0
 connection_messages false
 log_type error

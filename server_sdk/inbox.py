@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edge_sdk import topics
 from edge_sdk.errors import WireError
@@ -26,10 +26,11 @@ from edge_sdk.wire import (
 from server_sdk.rates import Rates
 from server_sdk.screening import Screen
 
-__all__ = ["Arrival", "Gap", "Inbox", "Refusal"]
+__all__ = ["Arrival", "Flood", "Gap", "Inbox", "Refusal"]
 
 _STEPS = ("train", "store", "front", "infer")
 _MAX_TOTAL = 1 << 32
+_MAX_STATE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,18 @@ class Gap:
     chunks: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Flood:
+    """A message was dropped unread: its device sends more than it may.
+
+    Attributes:
+        channel: ``step`` or ``state``.
+    """
+
+    device: str
+    channel: str
+
+
 @dataclass
 class Inbox:
     """Decode and check what arrives for one training run.
@@ -96,7 +109,10 @@ class Inbox:
         screen: which activations are too large.
         rates: how much a device may send.
         max_devices: devices beyond this number are not listened to.
-        limits: of the wire.
+        limits: of the wire; a ``state`` is one frame of at most 64 KiB besides.
+        max_held_bytes: of unfinished messages, over all devices; beyond it the device that holds most loses its own,
+            counted as ``memory``.
+        rejected: messages that were rejected, by reason.
     """
 
     fleet: str
@@ -109,12 +125,22 @@ class Inbox:
     rates: Rates = field(default_factory=Rates)
     max_devices: int = 1024
     limits: Limits = field(default_factory=Limits)
+    max_held_bytes: int = 512 << 20
     rejected: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._assemblers: dict[tuple[str, str], Assembler] = {}
+        self._held_bytes = 0
+        state_bytes = min(_MAX_STATE_BYTES, self.limits.max_chunk_bytes, self.limits.max_message_bytes)
+        one_frame = replace(self.limits, max_message_bytes=state_bytes, max_chunk_bytes=state_bytes, max_chunks=1)
+        self._limits = {"step": self.limits, "state": one_frame}
 
-    def take(self, received: Received) -> Arrival | Refusal | Gap | None:
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of unfinished messages, over all devices."""
+        return self._held_bytes
+
+    def take(self, received: Received) -> Arrival | Refusal | Gap | Flood | None:
         """Take one MQTT message; None while a message is incomplete or when it was rejected (and counted)."""
         try:
             topic = topics.parse(received.topic)
@@ -125,18 +151,19 @@ class Inbox:
             return None
         if not self.rates.allow(topic.device, len(received.payload)):
             self.rejected["rate"] += 1
-            return None
+            return Flood(topic.device, topic.channel)
         source = (topic.device, topic.channel)
         if source not in self._assemblers and len(self._assemblers) >= 2 * self.max_devices:
             self.rejected["devices"] += 1
             return None
-        assembler = self._assemblers.setdefault(source, Assembler(self.limits))
+        limits = self._limits[topic.channel]
+        assembler = self._assemblers.setdefault(source, Assembler(limits))
         try:
-            frame = decode_frame(received.payload, self.limits)
-            body = assembler.whole(frame)
+            frame = decode_frame(received.payload, limits)
+            body = self._whole(frame, assembler)
             if body is None:
-                return _gap(topic.device, frame, assembler)
-            message = decode_body(frame, body, self.limits)
+                return _gap(topic.device, frame, assembler) if source in self._assemblers else None
+            message = decode_body(frame, body, limits)
         except WireError as exc:
             self.rejected[exc.reason] += 1
             return _foreign(topic.device, received.payload) if topic.channel == "step" else None
@@ -150,6 +177,18 @@ class Inbox:
             self.rejected[wrong[0]] += 1
             return Refusal(topic.device, message.session, message.step, *wrong)
         return Arrival(topic.device, message, body)
+
+    def _whole(self, frame: Frame, assembler: Assembler) -> bytes | None:
+        """Add a frame to its message and bound what all unfinished messages hold. See ``Assembler.whole``."""
+        self._held_bytes -= assembler.held_bytes
+        try:
+            return assembler.whole(frame)
+        finally:
+            self._held_bytes += assembler.held_bytes
+            while self._held_bytes > self.max_held_bytes:
+                largest = max(self._assemblers, key=lambda source: self._assemblers[source].held_bytes)
+                self._held_bytes -= self._assemblers.pop(largest).held_bytes
+                self.rejected["memory"] += 1
 
     def _wrong(self, message: Message) -> tuple[str, str] | None:
         """Reason and detail of why the run cannot take a step."""

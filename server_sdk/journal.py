@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from edge_sdk.wire import Message
-from server_sdk.checkpoint import Checkpoints
+from server_sdk.checkpoint import Checkpoints, checkpoint_files, facts_of
 from server_sdk.errors import CheckpointError
-from server_sdk.log import Log, Place, Record, remove
+from server_sdk.log import Log, Place, Record, remove, scan
 from server_sdk.training_run import Outgoing, TrainingRun
 
 __all__ = ["Durability", "Journal", "Kept"]
@@ -83,10 +85,10 @@ class Journal:
         self._checkpoints: Checkpoints | None = None
         self._needed: dict[int, int] = {}  # position of a checkpoint -> the first record that it needs
         self._checkpointed = 0  # rounds
+        if self._durability.mode == "log":  # first, for its lock keeps a second server from the checkpoints, too
+            self._log = Log(folder / "log", sync=self._durability.sync, on_note=self._note)
         if self._durability.mode != "off":
             self._checkpoints = Checkpoints(folder / "checkpoints", on_note=self._note)
-        if self._durability.mode == "log":
-            self._log = Log(folder / "log", sync=self._durability.sync, on_note=self._note)
 
     @classmethod
     def forget(cls, folder: Path) -> None:
@@ -100,14 +102,23 @@ class Journal:
 
     @staticmethod
     def kept(folder: Path) -> Kept | None:
-        """The run that a folder holds, or None."""
-        if not (folder / "checkpoints").is_dir():
-            return None
-        newest = Checkpoints(folder / "checkpoints").newest()
-        if newest is None:
-            return None
-        facts = newest.facts
-        return Kept(str(facts.get("run")), int(facts.get("round", 0)), bool(facts.get("finished")))
+        """The run that a folder holds, or None; changes nothing.
+
+        Raises:
+            CheckpointError: it held one, and no checkpoint of it is readable.
+        """
+        files = checkpoint_files(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
+        for path, _ in reversed(files):
+            with contextlib.suppress(CheckpointError):
+                facts = facts_of(path)
+                return Kept(str(facts.get("run")), int(facts.get("round", 0)), bool(facts.get("finished")))
+        # The very first record is written before the first checkpoint, and alone it is no loss.
+        if files or ((folder / "log").is_dir() and len(list(islice(scan(folder / "log"), 2))) > 1):
+            raise CheckpointError(
+                f"{folder} holds a run without a readable checkpoint: restore one from a copy, or forget the run "
+                "with --fresh"
+            )
+        return None
 
     @property
     def durable(self) -> bool:

@@ -18,8 +18,9 @@ from edge_sdk.transport import Received, Transport
 from edge_sdk.version import __version__
 from edge_sdk.wire import VERSION, Message, encode
 from server_sdk.errors import CheckpointError, LogError, ServerError
-from server_sdk.inbox import Arrival, Gap, Inbox, Refusal
+from server_sdk.inbox import Arrival, Flood, Gap, Inbox, Refusal
 from server_sdk.journal import Durability, Journal
+from server_sdk.quarantine import Quarantine
 from server_sdk.rates import RateLimits, Rates
 from server_sdk.roster import Roster
 from server_sdk.schedule import Schedule
@@ -94,6 +95,9 @@ class TrainingService:
         )
         self._schedule = Schedule(deadline_s)
         self._roster = Roster(self._inbox.max_devices)
+        self._quarantine = Quarantine(
+            transport, self._fleet, max_devices=self._inbox.max_devices, on_event=self._on_event
+        )
         self._stop = threading.Event()
         self._announced: tuple[Any, ...] = ()
         self._trouble = ""
@@ -133,6 +137,7 @@ class TrainingService:
             self._journal.restore(self._run)
             for name in {*self._run.steps, *self._run.store.devices}:
                 self._roster.join(name)
+                self._quarantine.known(name)
         self._transport.open(None)
         status = "paused" if self._journal.durable else "finished"
         try:
@@ -151,20 +156,19 @@ class TrainingService:
         self._journal.checkpoint(self._run, finished=True)
 
     def _serve(self) -> dict[str, Any]:
-        self._transport.subscribe(topics.every_step(self._fleet))
-        self._transport.subscribe(topics.every_state(self._fleet))
+        self._quarantine.open()
         self._on_event({"event": "waiting", "run": self._run.run, "devices": self._plan.devices})
         started = 0.0
         heard = time.monotonic()
         while not self._stop.is_set() and not self._finished():
             self._announce(self._status())
+            self._quarantine.tend()
             busy = self._run.store.ready and not self._run.over
             received = self._receive(0.0 if busy else 0.25)
             if received is not None:
                 heard = time.monotonic()
                 self._bytes["received"] += len(received.payload)
                 self._take(self._inbox.take(received))
-                received.acknowledge()
             elif busy:
                 heard = time.monotonic()
             elif time.monotonic() - heard > self._patience():
@@ -180,6 +184,8 @@ class TrainingService:
                 started = started or time.monotonic()
                 if not self._write(proposal.kind, proposal.fields):
                     break
+            if received is not None:
+                received.acknowledge()  # behind the replies: who waits for them waits less
             if busy:
                 self._show(self._run.train_stored())
             self._keep()
@@ -278,10 +284,14 @@ class TrainingService:
         frames = tuple(encode(message, codec=self._plan.codec, chunk_bytes=self._plan.chunk_bytes))
         self._send(Outgoing(to.device, frames))
 
-    def _take(self, arrival: Arrival | Refusal | Gap | None) -> None:
+    def _take(self, arrival: Arrival | Refusal | Gap | Flood | None) -> None:
+        if isinstance(arrival, Arrival):
+            self._quarantine.known(arrival.device)
         if arrival is None:
             return
-        if isinstance(arrival, Gap):
+        if isinstance(arrival, Flood):
+            self._quarantine.blame(arrival.device, arrival.channel)
+        elif isinstance(arrival, Gap):
             self._answer(arrival, "missing", {"chunks": list(arrival.chunks)})
         elif isinstance(arrival, Refusal):
             self._refuse(arrival, arrival.reason, arrival.detail)

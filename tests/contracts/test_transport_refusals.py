@@ -25,6 +25,33 @@ def test_a_refused_subscription_is_an_error_and_not_asked_for_again(backend: Bac
     assert backend.take(device, 1)[0].payload == b"1"
 
 
+def test_of_many_patterns_the_refused_are_named_and_the_others_hold(backend: Backend) -> None:
+    backend.forbid("no/a", "no/b")
+    device, server = backend.open("device"), backend.open("server")
+    with pytest.raises(TransportError, match="refuses the subscription 'no/a', 'no/b': correct its ACL"):
+        device.subscribe("ok/a", "no/a", "ok/b", "no/b")
+    for topic in ("ok/a", "ok/b"):
+        server.publish(topic, b"1")
+    assert [m.topic for m in backend.take(device, 2)] == ["ok/a", "ok/b"]
+    with pytest.raises(TransportError, match="'#/no' is none"):
+        device.subscribe("ok/c", "#/no")
+    server.publish("ok/c", b"2")
+    assert device.receive(backend.nothing_s) is None
+
+
+def test_a_refused_renewal_that_is_unsubscribed_is_not_asked_for_again(backend: Backend) -> None:
+    device = backend.open("device", "no/+")
+    backend.forbid("no/+")
+    backend.eventually(lambda: device.generation == 2)
+    with pytest.raises(TransportError, match="refuses"):
+        device.receive(10.0)
+    device.unsubscribe("no/+")
+    assert device.refused_patterns == ()
+    backend.cut(device)
+    backend.eventually(lambda: device.generation == 3)
+    assert device.receive(backend.nothing_s) is None
+
+
 def test_a_subscription_that_is_refused_on_renewal_is_told_until_it_is_granted(backend: Backend) -> None:
     device, server = backend.open("device", "ok/a", "no/+"), backend.open("server")
     backend.forbid("no/+")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from edge_sdk.errors import TransportError
 from edge_sdk.transport import Will
 
 if TYPE_CHECKING:
@@ -103,6 +104,73 @@ def test_a_subscription_made_while_disconnected_holds_after_the_reconnect(backen
     backend.eventually(lambda: server.generation == 2 and device.generation == 2)
     device.publish("up", b"1")
     assert backend.take(server, 1)[0].payload == b"1"
+
+
+def test_after_unsubscribe_nothing_new_arrives_and_the_other_patterns_go_on(backend: Backend) -> None:
+    server, device = backend.open("server", "up/+/step", "up/+/state"), backend.open("device")
+    server.subscribe("up/b/step", "up/c/step")
+    server.unsubscribe("up/+/step", "up/c/step")
+    for topic in ("up/a/step", "up/c/step", "up/b/step", "up/a/state"):
+        device.publish(topic, b"1")
+    assert [m.topic for m in backend.take(server, 2)] == ["up/b/step", "up/a/state"]
+    assert server.receive(backend.nothing_s) is None
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_an_unsubscription_outlives_connections(backend: Backend, forgetful: bool) -> None:
+    server, device = backend.open("server", "up/a", "up/b"), backend.open("device")
+    server.unsubscribe("up/a")
+    if forgetful:
+        backend.stop()
+        backend.start()
+        backend.eventually(lambda: device.generation == 2)
+    else:
+        backend.cut(server)
+    backend.eventually(lambda: server.generation == 2)
+    device.publish("up/a", b"1")
+    device.publish("up/b", b"2")
+    assert [m.topic for m in backend.take(server, 1)] == ["up/b"]
+    assert server.receive(backend.nothing_s) is None
+
+
+def test_an_unsubscription_without_a_connection_holds_in_the_session_that_the_broker_kept(backend: Backend) -> None:
+    server, device = backend.open("server", "up/a", "up/b", relayed=True), backend.open("device")
+    backend.part(server)
+    backend.eventually(lambda: not server._connected)
+    server.unsubscribe("up/a")
+    backend.join(server)
+    backend.eventually(lambda: server.generation == 2)
+    backend.settle(server)
+    device.publish("up/a", b"1")
+    device.publish("up/b", b"2")
+    assert [m.topic for m in backend.take(server, 1)] == ["up/b"]
+    assert server.receive(backend.nothing_s) is None
+
+
+def test_what_was_unsubscribed_can_be_subscribed_again_and_brings_what_is_retained(backend: Backend) -> None:
+    server, device = backend.open("server", "up/+"), backend.open("device")
+    server.unsubscribe("up/+")
+    device.publish("up/a", b"1", retain=True)
+    backend.settle(device)
+    server.subscribe("up/+")
+    (message,) = backend.take(server, 1)
+    assert (message.payload, message.retained) == (b"1", True)
+    backend.cut(server)
+    backend.eventually(lambda: server.generation == 2)
+    device.publish("up/b", b"2")
+    while backend.take(server, 1)[0].topic != "up/b":
+        continue
+
+
+def test_to_unsubscribe_from_what_was_not_subscribed_is_no_error(backend: Backend) -> None:
+    server, device = backend.open("server", "up/a"), backend.open("device")
+    server.unsubscribe("never", "up/+")
+    server.unsubscribe()
+    device.publish("up/a", b"1")
+    assert backend.take(server, 1)[0].payload == b"1"
+    server.close()
+    with pytest.raises(TransportError, match="not open"):
+        server.unsubscribe("up/a")
 
 
 def test_what_comes_for_an_absent_client_meets_its_next_life(backend: Backend) -> None:

@@ -189,3 +189,15 @@ def test_shuffled_gives_each_sample_once_in_the_devices_own_order() -> None:
     assert np.array_equal(first.y, shuffled(samples, seed=1, device="a").y)
     assert not np.array_equal(first.y, shuffled(samples, seed=1, device="b").y)
     assert not np.array_equal(first.y, shuffled(samples, seed=2, device="a").y)
+
+
+def test_a_device_need_not_have_every_class_of_its_bundle(tmp_path: Path) -> None:
+    path, x = tmp_path / "d.npz", np.zeros((6, 8, 8), np.uint8)
+    np.savez(path, x_train=x, y_train=np.array([0, 3] * 3), x_test=x, y_test=np.array([1, 2] * 3))
+    assert load_dataset(path, classes=4).classes == 4
+    with pytest.raises(BatchError, match="without gaps"):
+        load_dataset(path)
+    with pytest.raises(BatchError, match="training labels go from 0 to 3, but there are 3 classes"):
+        load_dataset(path, classes=3)
+    np.savez(path, x_train=x, y_train=np.full(6, 2), x_test=x, y_test=np.full(6, 2))
+    assert load_dataset(path, classes=3).classes == 3

@@ -309,6 +309,71 @@ def test_a_refused_renewal_is_asked_for_again_while_connected(monkeypatch: pytes
         assert transport.receive(0) is None
 
 
+def test_an_unsubscription_that_was_not_confirmed_is_sent_again_on_the_next_connection() -> None:
+    ended: list[tuple[int, bytes]] = []
+
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_311)
+        while True:
+            kind, body = read_packet(conn)
+            if kind == 0x82:
+                conn.sendall(b"\x90" + bytes([2 + body.count(b"\x01")]) + body[:2] + b"\x01" * body.count(b"\x01"))
+            elif kind == 0xA2:
+                ended.append((number, body[2:]))
+                if number == 1:
+                    conn.shutdown(socket.SHUT_RDWR)
+                else:
+                    conn.sendall(b"\xb0\x02" + body[:2])
+
+    with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(), "a")) as transport:
+        transport.subscribe("one")
+        transport.subscribe("two", "three")
+        transport.unsubscribe("two", "three")
+        eventually(lambda: not transport._subscriptions.unwanted)
+        assert ended == [(number, b"\x00\x03two\x00\x05three") for number in (1, 2)]
+        transport._link.cut()
+        eventually(lambda: transport.generation == 3)
+        transport.subscribe("four")
+        assert len(ended) == 2
+        assert transport._subscriptions.patterns == ("one", "four")
+
+
+def test_a_broker_that_does_not_confirm_is_named() -> None:
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_311)
+        drain(conn)
+
+    with (
+        ScriptedBroker(script) as broker,
+        opened(PahoTransport(broker.connection(connect_timeout_s=0.3), "a")) as transport,
+    ):
+        with pytest.raises(TransportError, match="does not confirm 'a', 'b', 'c' and 2 more: is it overloaded"):
+            transport.unsubscribe(*"abcde")
+        with pytest.raises(TransportError, match="does not confirm 'a', 'b', 'c': is it overloaded"):
+            transport.subscribe(*"abc")
+
+
+def test_a_refused_unsubscription_is_an_error_and_not_sent_again() -> None:
+    ended: list[bytes] = []
+
+    def script(conn: socket.socket, number: int, connect: bytes) -> None:
+        conn.sendall(ACCEPTED_5)
+        while True:
+            kind, body = read_packet(conn)
+            if kind == 0xA2:
+                ended.append(body[3:])
+                conn.sendall(b"\xb0\x05" + body[:2] + b"\x00\x11\x87")  # no such subscription; not authorized
+
+    with ScriptedBroker(script) as broker, opened(PahoTransport(broker.connection(protocol="5"), "a")) as transport:
+        with pytest.raises(TransportError, match="refuses to end 'one', 'two': correct its ACL"):
+            transport.unsubscribe("one", "two")
+        transport._link.cut()
+        eventually(lambda: transport.generation == 2)
+        with pytest.raises(TransportError):
+            transport.unsubscribe("six", "ten")
+        assert ended == [b"\x00\x03one\x00\x03two", b"\x00\x03six\x00\x03ten"]
+
+
 # ---------------------------------------------------------------- limits
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,28 @@ def test_a_full_disk_stops_nothing_for_good(
     tight = run_with_crashes(built["vanilla"], samples, PLAN, tmp_path / "tight", [])
     assert calls > 20 and quiet.errors == tight.errors == []
     assert same(quiet.weights, tight.weights)
+
+
+def test_a_run_whose_checkpoints_are_damaged_is_not_forgotten(built: dict[str, Any], tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    run = TrainingRun("r", built["vanilla"].bundle.id, built["vanilla"].trainer(8), PLAN)
+    journal.begin(run)
+    journal.write(run, "epoch", {"number": 1, "samples": 0})
+    journal.checkpoint(run)
+    journal.close()
+    older, newer = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
+    newer.write_bytes(newer.read_bytes()[:-1])
+    kept = Journal.kept(tmp_path)
+    assert kept is not None and kept.run == "r", "the older one serves"
+    older.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="without a readable checkpoint"):
+        Journal.kept(tmp_path)
+    with closing(Log(tmp_path / "log")) as log:
+        log.append("epoch", {"number": 2, "samples": 0})
+        log.append("epoch", {"number": 3, "samples": 0})
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="without a readable checkpoint"):
+        Journal.kept(tmp_path)
 
 
 def test_a_run_that_another_server_trains_is_not_forgotten(built: dict[str, Any], tmp_path: Path) -> None:
