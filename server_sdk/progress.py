@@ -112,9 +112,9 @@ class RunDisplay:
         elif kind == "disk":
             self._note("the disk takes records again" if event["ok"] else f"{event['why']}; devices keep their steps")
         elif kind == "quarantine":
-            who = f"{event['device'] or 'other devices'} ({event['channel']})"
-            until = "is read again" if event["over"] else f"floods and is left unread for {event['seconds']:g} s"
-            self._note(f"{who} {until}")
+            who = f"{event['device'] or 'another device'} ({event['channel']})"
+            why = "is read again" if event["over"] else f"floods and is left unread for {event['seconds']:g} s"
+            self._note(f"{who} {why}")
         elif kind == "note":
             self._note(event["text"])
         elif kind == "resumed":

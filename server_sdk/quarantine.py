@@ -38,9 +38,9 @@ class Quarantine:
     """The server's subscriptions to its devices, without those that flood. Not thread-safe.
 
     Ordinarily these are two wildcards, one a channel. When a device floods a channel, its wildcard gives way to single
-    subscriptions of every other known device, until the time of the flooding device is over; each further flood within
-    ``longest_s`` of the last quarantine doubles that time. Devices that the server comes to know meanwhile, by the other
-    channel, are subscribed to at once; states are retained, so that the rest are found when the wildcard is back.
+    subscriptions of every other known device, until the time of the flooding device is over. Each further flood within
+    ``longest_s`` of the last quarantine doubles that time. Devices that the server comes to know meanwhile by the other
+    channel are subscribed to at once; states are retained, so that the rest are found when the wildcard is back.
 
     At most ``max_devices`` devices are known, and as many floods remembered; beyond that the quarantine that ends first
     gives way.
@@ -100,6 +100,15 @@ class Quarantine:
             TransportError: the broker refuses.
         """
         self._subscribe()
+
+    def close(self) -> None:
+        """End the single subscriptions: beside wildcards, a broker may send each message once for either.
+
+        Raises:
+            TransportError: the broker refuses.
+        """
+        if any(sentence.active for sentence in self._sentences.values()):
+            self._transport.unsubscribe(*self._singles())
 
     def known(self, device: str) -> None:
         """Note a device that the server serves."""
@@ -188,18 +197,18 @@ class Quarantine:
             else:
                 yield everyone(self._fleet)
 
-    def _possible(self) -> Iterator[str]:
-        """The patterns that may be subscribed to, in this life of the server or an earlier one."""
+    def _singles(self) -> Iterator[str]:
+        """The single subscriptions that there may be, of this life of the server or an earlier one."""
         devices = dict.fromkeys((*self._known, *(device for device, _ in self._sentences if device != _OTHERS)))
-        for everyone, topic in _CHANNELS.values():
-            yield everyone(self._fleet)
+        for _, topic in _CHANNELS.values():
             yield from (topic(self._fleet, device) for device in devices)
 
     def _subscribe(self) -> None:
         """Bring the subscriptions about; first the new ones, so that no message finds none."""
         wanted = dict.fromkeys(self._wanted())
         self._transport.subscribe(*wanted)
-        self._transport.unsubscribe(*(pattern for pattern in self._possible() if pattern not in wanted))
+        possible = (*(everyone(self._fleet) for everyone, _ in _CHANNELS.values()), *self._singles())
+        self._transport.unsubscribe(*(pattern for pattern in possible if pattern not in wanted))
         self._again_s = math.inf
 
     def _try(self, change: Callable[[], None]) -> None:

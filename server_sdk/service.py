@@ -149,6 +149,7 @@ class TrainingService:
         finally:
             with contextlib.suppress(TransportError):
                 self._announce(status)
+                self._quarantine.close()
             self._transport.close()
 
     def finish(self) -> None:

@@ -72,8 +72,11 @@ class Wire:
     def close(self) -> None:
         self.closed = True
 
-    def subscribe(self, pattern: str) -> None:
-        self.subscribed.append(pattern)
+    def subscribe(self, *patterns: str) -> None:
+        self.subscribed += patterns
+
+    def unsubscribe(self, *patterns: str) -> None:
+        raise AssertionError("a device keeps its subscriptions")
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         assert retain == (topic == STATE)
@@ -116,7 +119,7 @@ def reply(kind: str, step: int, session: str = SESSION, **fields: Any) -> list[b
 
 
 def outbox(step: int = 1, chunk_bytes: int = 65536) -> OutboxStep:
-    tensors = {"activations": np.zeros((2, 40), np.float32), "labels": np.zeros(2, np.int64)}
+    tensors: dict[str, Any] = {"activations": np.zeros((2, 40), np.float32), "labels": np.zeros(2, np.int64)}
     message = Message("train", RUN, SESSION, step, {"front": 0}, tensors)
     return OutboxStep(step, "train", tuple(encode(message, chunk_bytes=chunk_bytes)))
 
@@ -200,7 +203,17 @@ def test_a_server_that_speaks_only_a_later_version_is_refused(wire: Wire) -> Non
 def test_a_foreign_version_elsewhere_is_only_counted(wire: Wire, joined: Exchange) -> None:
     wire.arrive(DOWN, cbor.dumps({"v": 2, "kind": "gradient", "session": SESSION, "step": 1}))
     joined.listen(0.0)
-    assert joined.traffic.rejected == {"version": 1} and wire.acknowledged == 2
+    assert joined.traffic.rejected == {"version": 1} and joined.plan is not None
+
+
+def test_a_message_is_acknowledged_when_the_next_one_is_asked_for(wire: Wire, joined: Exchange) -> None:
+    wire.arrive(DOWN, *reply("stored", 1, samples=1), b"no message")
+    joined.send(outbox())
+    before = wire.acknowledged
+    assert joined.reply(1.0) is not None and wire.acknowledged == before + 1, "the announcement; the reply is not used"
+    for expected in (2, 3):
+        joined.listen(0.0)
+        assert wire.acknowledged == before + expected, "whatever it was"
 
 
 # --- until the reply comes ---

@@ -22,7 +22,7 @@ from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.transport import Connection
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame
 from server_sdk.broker import EmbeddedBroker
-from server_sdk.segments import scan
+from server_sdk.segments import Damage, scan
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
@@ -201,7 +201,9 @@ class Ward:
 
     def trained(self, out: object = "server") -> list[tuple[Any, ...]]:
         """Key of every step, round after round; each round is there once."""
-        rounds = [record for record, _ in scan(self.folder / str(out) / "log") if record.kind == "round"]
+        items = list(scan(self.folder / str(out) / "log"))
+        assert not any(isinstance(item, Damage) for item in items)
+        rounds = [item[0] for item in items if not isinstance(item, Damage) and item[0].kind == "round"]
         assert [record.fields["round"] for record in rounds] == list(range(1, len(rounds) + 1))
         return [tuple(key) for record in rounds for key in record.fields["steps"]]
 

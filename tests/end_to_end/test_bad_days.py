@@ -31,7 +31,7 @@ from edge_sdk.transport import Received
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame
 from server_sdk.journal import Durability, Journal
 from server_sdk.screening import Screen
-from server_sdk.segments import scan
+from server_sdk.segments import Damage, Record, scan
 from server_sdk.service import TrainingService
 from server_sdk.training_run import TrainingPlan
 
@@ -174,8 +174,12 @@ class Fleet:
 
     def trained(self) -> list[tuple[Any, ...]]:
         """Key of every step in the order of training."""
-        rounds = [record for record, _ in scan(self.folder / "log") if record.kind == "round"]
-        return [tuple(key) for record in rounds for key in record.fields["steps"]]
+        return [tuple(key) for record in self.records("round") for key in record.fields["steps"]]
+
+    def records(self, kind: str) -> list[Record]:
+        items = list(scan(self.folder / "log"))
+        assert not any(isinstance(item, Damage) for item in items)
+        return [item[0] for item in items if not isinstance(item, Damage) and item[0].kind == kind]
 
     def same_fronts(self, one: str, other: str) -> bool:
         tensors = self.clients[other].front.tensors
@@ -476,8 +480,7 @@ def finish(client: EdgeClient) -> None:
 
 def stored(ward: Fleet) -> list[int]:
     """Number of the first sample of each step in the log."""
-    steps = [record for record, _ in scan(ward.folder / "log") if record.kind == "step"]
-    return [from_body(record.body).fields["first"] for record in steps]
+    return [from_body(record.body).fields["first"] for record in ward.records("step")]
 
 
 def test_an_outbox_that_blocks_waits_and_loses_nothing(fleet: Make, samples: Draw) -> None:

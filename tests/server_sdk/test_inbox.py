@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from edge_sdk import topics
 from edge_sdk.transport import Received
-from edge_sdk.wire import Message, encode
-from server_sdk.inbox import Arrival, Inbox, Refusal
+from edge_sdk.wire import Limits, Message, encode
+from server_sdk.inbox import Arrival, Flood, Gap, Inbox, Refusal
+from server_sdk.rates import RateLimits, Rates
 
 CUT = (4, 2, 2)
 
@@ -84,3 +85,88 @@ def test_strangers_cannot_fill_the_memory() -> None:
     for number in range(10):
         deliver(box, train(), topics.up_step("ward", f"d{number}"))
     assert box.rejected["devices"] == 6
+
+
+def test_what_is_above_a_devices_rate_is_a_flood_of_its_channel() -> None:
+    box = inbox(rates=Rates(RateLimits(messages_per_s=1.0, burst_s=2.0), lambda: 0.0))
+    assert [type(deliver(box, train())) for _ in range(3)] == [Arrival, Arrival, Flood]
+    assert deliver(box, train()) == Flood("d1", "step")
+    assert deliver(box, train(), topics.up_state("ward", "d1")) == Flood("d1", "state")
+    assert isinstance(deliver(box, train(), topics.up_step("ward", "d2")), Arrival)
+    assert box.rejected == {"rate": 3}
+
+
+def state(size: int) -> Message:
+    fields = {"manifest": "m", "status": "online", "speaks": [1], "notes": ["x" * (size // 2)] * 2}
+    return Message("state", "", "s", 0, fields, {})
+
+
+def test_a_state_is_one_frame_of_at_most_64_kib() -> None:
+    topic = topics.up_state("ward", "d1")
+    box = inbox()
+    assert isinstance(deliver(box, state(60_000), topic), Arrival)
+    assert deliver(box, state(66_000), topic, chunk_bytes=1 << 20) is None
+    assert deliver(box, state(60_000), topic, chunk_bytes=50_000) is None
+    assert deliver(box, state(10), topic, chunk_bytes=60) is None
+    assert box.rejected["limit"] == 1 + 2 + len(encode(state(10), chunk_bytes=60)) and len(box.rejected) == 1
+    assert box.held_bytes == 0
+    tight = inbox(limits=Limits(max_chunk_bytes=1000))
+    assert isinstance(deliver(tight, state(800), topic), Arrival)
+    assert deliver(tight, state(2000), topic) is None
+    assert tight.rejected == {"limit": 1}
+
+
+def unfinished(box: Inbox, device: str, chunks: int, step: int = 1) -> Any:
+    """Deliver so many of the chunks of 100 bytes of a step, never the last one of them."""
+    message = Message("train", "run-1", "s", step, {"front": 0}, dict(train(8).tensors))
+    frames = encode(message, chunk_bytes=100)
+    assert len(frames) > chunks
+    taken = None
+    for frame in frames[:chunks]:
+        taken = box.take(Received(topics.up_step("ward", device), frame, False, lambda: None))
+    return taken
+
+
+def test_the_device_that_holds_most_gives_way_when_the_memory_is_full() -> None:
+    box = inbox(max_held_bytes=1000)
+    unfinished(box, "a", 3)
+    unfinished(box, "glutton", 3)
+    unfinished(box, "glutton", 2, step=2)
+    unfinished(box, "b", 2)
+    assert box.held_bytes == 1000 and box.rejected == {}
+    unfinished(box, "c", 1)
+    assert box.held_bytes == 600 and box.rejected == {"memory": 1}
+    for device in ("a", "b", "c", "glutton"):
+        assert isinstance(deliver(box, train(8), topics.up_step("ward", device), chunk_bytes=100), Arrival)
+    unfinished(box, "a", 4)
+    assert box.held_bytes == 400 and box.rejected == {"memory": 1}
+
+
+def test_who_outgrows_the_memory_alone_loses_its_own_and_may_begin_anew() -> None:
+    message = train(8)
+    frames = encode(message, chunk_bytes=100)
+    box = inbox(max_held_bytes=100 * (len(frames) - 2))
+    box.take(Received(topics.up_step("ward", "a"), frames[0], False, lambda: None))
+    for frame in frames[2:-1]:
+        box.take(Received(topics.up_step("ward", "a"), frame, False, lambda: None))
+    gap = box.take(Received(topics.up_step("ward", "a"), frames[-1], False, lambda: None))
+    assert gap is None and box.held_bytes == 0 and box.rejected == {"memory": 1}
+    assert isinstance(deliver(box, message, topics.up_step("ward", "a")), Arrival)
+
+
+def test_what_is_held_is_let_go_with_the_whole_the_dropped_and_the_wrong() -> None:
+    box = inbox()
+    frames = encode(train(8), chunk_bytes=100)
+    topic = topics.up_step("ward", "a")
+    for frame in frames[1:]:
+        taken = box.take(Received(topic, frame, False, lambda: None))
+    assert taken == Gap("a", "s", 1, (0,))
+    assert box.held_bytes > 0
+    assert isinstance(box.take(Received(topic, frames[0], False, lambda: None)), Arrival)
+    assert box.held_bytes == 0
+    for step in range(10):  # four of a device are kept
+        unfinished(box, "a", 2, step)
+    assert box.held_bytes == 800
+    other = encode(Message("train", "run-1", "s", 9, {"front": 0}, dict(train(7).tensors)), chunk_bytes=100)
+    assert box.take(Received(topic, other[0], False, lambda: None)) is None
+    assert box.rejected == {"conflict": 1} and box.held_bytes == 600

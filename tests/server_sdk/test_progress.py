@@ -49,3 +49,15 @@ def test_a_pipe_gets_plain_lines() -> None:
     text = shown(terminal=False)
     assert "\x1b" not in text
     assert "round 7  loss 0.250  decision 87.5%" in text and "use the server's bundle" in text
+
+
+def test_a_quarantine_is_told_at_its_begin_and_end() -> None:
+    out = io.StringIO()
+    with RunDisplay("ward", Console(file=out, width=100)) as display:
+        quarantine = {"event": "quarantine", "device": "d4", "channel": "step", "over": False, "seconds": 120.0}
+        display.show(quarantine)
+        display.show(quarantine | {"device": "", "over": True})
+    assert out.getvalue().splitlines() == [
+        "ward: d4 (step) floods and is left unread for 120 s",
+        "ward: another device (step) is read again",
+    ]

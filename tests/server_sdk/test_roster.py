@@ -36,11 +36,10 @@ def test_a_run_is_done_when_every_member_has_said_so() -> None:
     for name in ("b", "a"):
         roster.join(name)
     roster.note("b", state("done"))
-    assert roster.members == ("a", "b") and not roster.done
-    roster.note("a", state("done"))
-    assert roster.done, "whoever takes no part is not waited for"
-    roster.note("a", state("offline"))
-    assert not roster.done
+    assert roster.members == ("a", "b")
+    for status, done in (("training", False), ("done", True), ("offline", False)):
+        roster.note("a", state(status))
+        assert roster.done is done, "whoever takes no part is not waited for"
 
 
 def test_one_device_more_than_are_listened_to_is_not_noted() -> None:

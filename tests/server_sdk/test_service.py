@@ -18,6 +18,7 @@ from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
 from server_sdk.errors import ServerError, TrainingError
+from server_sdk.rates import RateLimits
 from server_sdk.service import TrainingService
 from server_sdk.training_run import TrainingPlan
 
@@ -287,6 +288,41 @@ def test_each_device_gets_its_own_part_of_the_gradient(built: dict[str, Any]) ->
         device.tell("done")
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_device_that_floods_is_left_unread_and_the_run_goes_on(built: dict[str, Any]) -> None:
+    broker, events = MemoryBroker(), []
+    server = MemoryTransport(broker, "server")
+    service = TrainingService(
+        built["vanilla"].bundle,
+        built["vanilla"].trainer(1),
+        server,
+        TrainingPlan(devices=1, rounds=1, batch=3),
+        fleet="ward",
+        idle_s=20,
+        rates=RateLimits(messages_per_s=20.0),
+        on_event=events.append,
+    )
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    device = Device(broker, built["vanilla"])
+    foe = MemoryTransport(broker, "foe")
+    foe.open(None)
+    while topics.every_step("ward") in server._patterns and thread.is_alive():
+        foe.publish(topics.up_step("ward", "foe"), b"flood")
+    for _ in range(100):
+        foe.publish(topics.up_step("ward", "foe"), b"unread")
+    device.send(1)
+    assert device.receive().kind == "gradient"
+    assert {topics.up_step("ward", "d0"), topics.every_state("ward")} == set(server._patterns)
+    assert not any(message.payload == b"unread" for message in broker._sessions["server"].unacknowledged.values())
+    device.tell("done")
+    thread.join(20)
+    assert not thread.is_alive()
+    (begun,) = (event for event in events if event["event"] == "quarantine")
+    assert (begun["device"], begun["channel"], begun["over"]) == ("foe", "step", False) and begun["at_s"] > 0
+    assert service.rejected["rate"] > 100
+    assert broker._sessions["server"].patterns == {topics.every_state("ward")}
 
 
 def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> None:

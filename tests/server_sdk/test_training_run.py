@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,14 +53,14 @@ class Driver:
     def __init__(self, plan: TrainingPlan = PLAN, screen: Screen | None = None, *, run: str = "r") -> None:
         self.trainer = Trainer()
         self.run = TrainingRun(run, "bundle-1", self.trainer, plan, screen)  # type: ignore[arg-type]
-        self.records: list[tuple[Record, Place | None]] = []
+        self.records: list[tuple[Record, Place]] = []
         self.apply("begin", {})
 
     def apply(self, kind: str, fields: Mapping[str, Any], body: bytes = b"") -> dict[str, Message]:
         """Replies by device."""
         record = Record(self.run.position + 1, kind, fields, body)
         replies = self.run.apply(record)
-        self.records.append((record, None))
+        self.records.append((record, Place(Path("log"), 0, len(body))))
         return {each.device: decoded(each) for each in replies}
 
     def train(self, device: str, step: int, value: float = 1.0, count: int = 1, **fields: Any) -> None:
@@ -88,7 +89,7 @@ class Driver:
         """Another run of the same records: all of them, or those behind a checkpoint."""
         other = TrainingRun("r", "bundle-1", Trainer(), self.run.plan)  # type: ignore[arg-type]
         if checkpoint is not None:
-            other.load(checkpoint, [each for each in self.records if each[0].position > 0])  # type: ignore[misc]
+            other.load(checkpoint, self.records)
         return other
 
 
@@ -173,10 +174,11 @@ def test_an_update_that_must_not_be_made_is_refused_and_counts_no_round() -> Non
     reply = driver.round(("a", 1))["a"]
     assert (reply.kind, reply.fields["reason"]) == ("refused", "training") and "learning rate" in reply.fields["detail"]
     assert driver.run.round == 0 and driver.run.steps == {} and driver.run.trained is None
+    assert driver.run.failed == reply.fields["detail"]
     assert driver.run.known(("a", "s", 1)), "a repeated step gets the same refusal"
     driver.trainer.fail = False
     driver.train("a", 2)
-    assert driver.round(("a", 2))["a"].fields["round"] == 1
+    assert driver.round(("a", 2))["a"].fields["round"] == 1 and driver.run.failed == ""
 
 
 def test_clipping_is_part_of_the_round_and_is_counted() -> None:
@@ -221,7 +223,9 @@ def test_a_mean_weighs_by_samples_and_leaves_out_who_only_asks() -> None:
     driver.give("b", 1, 5.0, samples=100)
     driver.give("c", 1)
     replies = driver.synchronise(("a", 1), ("b", 1), ("c", 1), mean=True)
-    assert {name: reply.tensors["p.w"].tolist() for name, reply in replies.items()} == dict.fromkeys("abc", [2.0, 2.0])
+    assert {name: reply.tensors["p.w"].tolist() for name, reply in replies.items()} == {
+        name: [2.0, 2.0] for name in "abc"
+    }
 
 
 def test_a_mean_of_no_front_changes_nothing() -> None:
@@ -313,9 +317,9 @@ def test_a_checkpoint_has_all_that_waits_and_reads_no_more_than_it_needs() -> No
     driver.train("b", 1)
     assert driver.run.oldest_needed == 4
     dump = driver.run.dump()
-    needed = [(record, place) for record, place in driver.records if record.position >= 4]
+    needed = [each for each in driver.records if each[0].position >= 4]
     other = driver.again()
-    other.load(dump, needed)  # type: ignore[arg-type]
+    other.load(dump, needed)
     for name in ("round", "position", "steps", "members", "owing", "holder", "last", "turn", "version"):
         assert getattr(other, name) == getattr(driver.run, name), name
     assert list(other.waiting) == ["b"] and list(other.fronts) == ["a"]
@@ -348,7 +352,7 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_difference(changes: 
 def test_a_checkpoint_that_lacks_something_is_refused(missing: str) -> None:
     dump = Driver().run.dump()
     facts = {name: value for name, value in dump.facts.items() if name != missing}
-    with pytest.raises(CheckpointError, match="not whole .* --fresh"):
+    with pytest.raises(CheckpointError, match=r"not whole .* --fresh"):
         Driver().again(replace(dump, facts=facts))
 
 
