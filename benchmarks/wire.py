@@ -123,7 +123,7 @@ class EchoService:
         self._log = log
         self._chunk_bytes = chunk_bytes
         self._round = 0
-        # No rate limit: the default one, of 32 MiB/s for each device, is a policy and would hide what is measured.
+        # No rate limit: the default one is a policy and would hide what is measured.
         rates = Rates(RateLimits(messages_per_s=1e9, bytes_per_s=1e12))
         self._inbox = Inbox(fleet, "run", _CUT, classes=10, max_batch=_MAX_BATCH, rates=rates)
         self._replies = Replies()

@@ -156,6 +156,13 @@ def _add_fleet_options(train: argparse.ArgumentParser) -> None:
         help="end when no device says anything for (default %(default)s)",
     )
     group.add_argument(
+        "--max-mb-per-s",
+        type=float,
+        default=128.0,
+        metavar="MB",
+        help="a device that sends more is left unread for a while (default %(default)s)",
+    )
+    group.add_argument(
         "--max-norm",
         type=float,
         help="largest L2 norm of one sample's activations (default: no limit but the wire's)",
@@ -246,6 +253,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from server_sdk.assembly import back_path, trainer_from
     from server_sdk.journal import Durability, Journal
     from server_sdk.progress import RunDisplay, megabytes
+    from server_sdk.rates import RateLimits
     from server_sdk.screening import Screen
     from server_sdk.service import TrainingService
     from server_sdk.training_run import TrainingPlan
@@ -302,6 +310,7 @@ def _train(arguments: argparse.Namespace) -> int:
             deadline_s=arguments.deadline_s,
             idle_s=arguments.idle_s,
             screen=Screen(arguments.max_norm, arguments.when_large),
+            rates=RateLimits(bytes_per_s=1e6 * arguments.max_mb_per_s),
             on_event=show,
         )
         stop_on_signals(service.stop)
