@@ -162,6 +162,19 @@ def test_what_was_unsubscribed_can_be_subscribed_again_and_brings_what_is_retain
         continue
 
 
+def test_what_is_subscribed_again_before_the_reconnect_is_kept(backend: Backend) -> None:
+    server, device = backend.open("server", "up/a"), backend.open("device")
+    backend.stop()
+    backend.eventually(lambda: not server._connected)
+    server.unsubscribe("up/a")
+    server.subscribe("up/a")
+    backend.start()
+    backend.eventually(lambda: server.generation == 2 and device.generation == 2)
+    backend.settle(server)
+    device.publish("up/a", b"1")
+    assert backend.take(server, 1)[0].payload == b"1"
+
+
 def test_to_unsubscribe_from_what_was_not_subscribed_is_no_error(backend: Backend) -> None:
     server, device = backend.open("server", "up/a"), backend.open("device")
     server.unsubscribe("never", "up/+")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ class Listener:
     """Reads what is published on a topic of the ward's fleet."""
 
     def __init__(self, port: int, topic: str) -> None:
-        self._transport = PahoTransport(Connection("127.0.0.1", port), f"listener-{os.getpid()}-{id(self)}")
+        self._transport = PahoTransport(Connection("127.0.0.1", port), f"listener-{uuid.uuid4().hex}")
         self._transport.open()
         self._transport.subscribe(topic)
         self._assembler = Assembler(Limits())
@@ -149,7 +150,7 @@ class Ward:
     """
 
     def __init__(self, port: int, folder: Path, built: dict[str, Any], samples: Callable[[int, int], Samples]) -> None:
-        self.port, self.folder, self.fleet = port, folder, f"ward-{os.getpid()}-{id(folder)}"
+        self.port, self.folder, self.fleet = port, folder, f"ward-{uuid.uuid4().hex}"
         self._built = built
         self._open: list[Command | Listener] = []
         train, test = samples(48, 1), samples(12, 2)

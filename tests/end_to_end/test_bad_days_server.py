@@ -85,7 +85,8 @@ def test_fresh_forgets_the_run_and_nothing_else_does(ward: Any) -> None:
     assert fresh.wait("waiting")["run"] != run
     ward.listener(topics.down_model).until(lambda message: message.run != run)
     device = ward.device("d1")
-    assert device.end() == 0 and fresh.end() == 0
+    assert device.end() == 0, device.errors
+    assert fresh.end() == 0, fresh.errors
     assert len(ward.trained()) == 7 and (ward.folder / "server" / "notes.txt").read_text() == "mine"
 
 
@@ -95,7 +96,8 @@ def test_a_second_server_leaves_the_first_ones_run_alone(ward: Any, here: Any) -
     for option in ("--resume", "--fresh"):
         assert "in use" in refused(here(ward.train(5, option)))
     device = ward.device("d1")
-    assert device.end() == 0 and server.end() == 0 and len(ward.trained()) == 5
+    assert device.end() == 0, device.errors
+    assert server.end() == 0 and len(ward.trained()) == 5
 
 
 def goes_on_after_a_full_disk(ward: Any, server: Any, fill: Callable[[], None], free: Callable[[], None]) -> None:

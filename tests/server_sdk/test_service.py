@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
 from server_sdk.errors import ServerError, TrainingError
+from server_sdk.journal import Durability, Journal
 from server_sdk.rates import RateLimits
 from server_sdk.service import TrainingService
 from server_sdk.training_run import TrainingPlan
@@ -308,21 +311,70 @@ def test_a_device_that_floods_is_left_unread_and_the_run_goes_on(built: dict[str
     device = Device(broker, built["vanilla"])
     foe = MemoryTransport(broker, "foe")
     foe.open(None)
-    while topics.every_step("ward") in server._patterns and thread.is_alive():
-        foe.publish(topics.up_step("ward", "foe"), b"flood")
+    every, single = topics.every_step("ward"), topics.up_step("ward", "d0")
+
+    def flood_until(everybody_is_read: bool) -> None:
+        while (every in server._patterns) != everybody_is_read and thread.is_alive():
+            foe.publish(topics.up_step("ward", "foe"), b"flood")
+
+    flood_until(everybody_is_read=False)
     for _ in range(100):
         foe.publish(topics.up_step("ward", "foe"), b"unread")
     device.send(1)
     assert device.receive().kind == "gradient"
-    assert {topics.up_step("ward", "d0"), topics.every_state("ward")} == set(server._patterns)
+    assert {single, topics.every_state("ward")} == set(server._patterns)
     assert not any(message.payload == b"unread" for message in broker._sessions["server"].unacknowledged.values())
+    service._quarantine._clock = lambda: time.monotonic() + 61.0
+    flood_until(everybody_is_read=True)
+    flood_until(everybody_is_read=False)
     device.tell("done")
     thread.join(20)
     assert not thread.is_alive()
-    (begun,) = (event for event in events if event["event"] == "quarantine")
-    assert (begun["device"], begun["channel"], begun["over"]) == ("foe", "step", False) and begun["at_s"] > 0
+    told = [event for event in events if event["event"] == "quarantine"]
+    assert [(event["over"], event["seconds"]) for event in told] == [(False, 60.0), (True, 60.0), (False, 120.0)]
+    assert all((event["device"], event["channel"]) == ("foe", "step") and event["at_s"] > 0 for event in told)
     assert service.rejected["rate"] > 100
     assert broker._sessions["server"].patterns == {topics.every_state("ward")}
+
+
+def test_a_resumed_run_knows_its_devices_before_they_say_anything(built: dict[str, Any], tmp_path: Path) -> None:
+    broker = MemoryBroker()
+
+    def serve(resume: str | None) -> tuple[TrainingService, threading.Thread]:
+        service = TrainingService(
+            built["vanilla"].bundle,
+            built["vanilla"].trainer(2),
+            MemoryTransport(broker, "server"),
+            TrainingPlan(devices=1, rounds=2, batch=3),
+            journal=Journal(tmp_path, Durability()),
+            resume=resume,
+            fleet="ward",
+            idle_s=20,
+        )
+        thread = threading.Thread(target=service.run)
+        thread.start()
+        return service, thread
+
+    first, thread = serve(None)
+    device = Device(broker, built["vanilla"])
+    device.send(1)
+    assert device.receive().kind == "gradient"
+    first.stop()
+    thread.join(20)
+    first._journal.close()
+    broker._retained.clear()
+    single = topics.up_step("ward", "d0")
+    broker._sessions["server"].patterns.add(single)  # of a quarantine, when the server was killed
+    second, thread = serve(first.run_id)
+    watcher = MemoryTransport(broker, "watcher")
+    watcher.open(None)
+    watcher.subscribe(topics.down_model("ward"))
+    assert watcher.receive(10.0) is not None  # it serves
+    assert single not in broker._sessions["server"].patterns
+    second.stop()
+    thread.join(20)
+    second._journal.close()
+    assert not thread.is_alive()
 
 
 def test_a_run_that_nobody_joins_ends_with_the_remedy(built: dict[str, Any]) -> None:
