@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from server_sdk.trainer import Trainer
 
 SHAPE = (1, 8, 8)
 CLASSES = 3
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background has them ignore Ctrl-C, and every command that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def draw_samples(count: int, seed: int) -> Samples:

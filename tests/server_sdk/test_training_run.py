@@ -107,13 +107,13 @@ def decoded(outgoing: Outgoing) -> Message:
 
 def test_a_round_trains_in_its_own_order_and_answers_each_with_its_part() -> None:
     driver = Driver()
-    driver.train("b", 1, value=2.0, count=2)
-    driver.train("a", 4, value=1.0, count=3)
+    driver.train("b", 1, value=2.0, count=3)
+    driver.train("a", 4, value=1.0, count=1)
     assert list(driver.run.waiting) == ["b", "a"] and driver.run.members == {"a", "b"}
     replies = driver.round(("a", 4), ("b", 1))
     activations, labels, weights = driver.trainer.seen[0]
-    assert activations[:, 0, 0, 0].tolist() == [1, 1, 1, 2, 2] and len(labels) == 5 and weights is None
-    assert {name: len(reply.tensors["gradient"]) for name, reply in replies.items()} == {"a": 3, "b": 2}
+    assert activations[:, 0, 0, 0].tolist() == [1, 2, 2, 2] and len(labels) == 4 and weights is None
+    assert {name: len(reply.tensors["gradient"]) for name, reply in replies.items()} == {"a": 1, "b": 3}
     assert replies["b"].tensors["gradient"].max() == 20 and replies["a"].step == 4
     assert replies["a"].fields == {"front": 3, "rate": 0.5, "loss": 0.25, "round": 1}
     trained = driver.run.trained
