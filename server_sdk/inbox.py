@@ -23,7 +23,7 @@ from edge_sdk.wire import (
     unknown_kind,
     version_conflict,
 )
-from server_sdk.rates import Rates
+from server_sdk.rates import RateLimits, Rates
 from server_sdk.screening import Screen
 
 __all__ = ["Arrival", "Flood", "Gap", "Inbox", "Refusal"]
@@ -31,6 +31,7 @@ __all__ = ["Arrival", "Flood", "Gap", "Inbox", "Refusal"]
 _STEPS = ("train", "store", "front", "infer")
 _MAX_TOTAL = 1 << 32
 _MAX_STATE_BYTES = 64 << 10
+_WRONG = RateLimits(messages_per_s=50.0, bytes_per_s=4e6)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Flood:
-    """A message was dropped unread: its device sends more than it may.
+    """A message was dropped and gets no answer: its device sends more than it may.
 
     Attributes:
         channel: ``step`` or ``state``.
@@ -108,6 +109,7 @@ class Inbox:
         front: shape of each of the front's tensors by name.
         screen: which activations are too large.
         rates: how much a device may send.
+        wrong: how much of it may be what is rejected or refused.
         max_devices: devices beyond this number are not listened to.
         limits: of the wire; a ``state`` is one frame of at most 64 KiB besides.
         max_held_bytes: of unfinished messages, over all devices; beyond it the device that holds most loses its own,
@@ -123,6 +125,7 @@ class Inbox:
     front: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     screen: Screen = field(default_factory=Screen)
     rates: Rates = field(default_factory=Rates)
+    wrong: Rates = field(default_factory=lambda: Rates(_WRONG))
     max_devices: int = 1024
     limits: Limits = field(default_factory=Limits)
     max_held_bytes: int = 512 << 20
@@ -156,27 +159,40 @@ class Inbox:
         if source not in self._assemblers and len(self._assemblers) >= 2 * self.max_devices:
             self.rejected["devices"] += 1
             return None
-        limits = self._limits[topic.channel]
-        assembler = self._assemblers.setdefault(source, Assembler(limits))
+        refusal: Refusal | None = None
         try:
-            frame = decode_frame(received.payload, limits)
-            body = self._whole(frame, assembler)
-            if body is None:
-                return _gap(topic.device, frame, assembler) if source in self._assemblers else None
-            message = decode_body(frame, body, limits)
+            taken = self._read(source, received.payload)
+            if not isinstance(taken, Refusal):
+                return taken
+            refusal, reason = taken, taken.reason
         except WireError as exc:
-            self.rejected[exc.reason] += 1
-            return _foreign(topic.device, received.payload) if topic.channel == "step" else None
-        if message.kind not in (("state",) if topic.channel == "state" else _STEPS):
-            self.rejected["kind"] += 1
-            return None
-        if message.kind == "state":
-            return Arrival(topic.device, message, body)
-        wrong = self._wrong(message)
+            reason = exc.reason
+            if topic.channel == "step":
+                refusal = _foreign(topic.device, received.payload)
+        self.rejected[reason] += 1
+        allowed = self.wrong.allow(topic.device, len(received.payload))
+        return refusal if allowed else Flood(topic.device, topic.channel)
+
+    def _read(self, source: tuple[str, str], payload: bytes) -> Arrival | Refusal | Gap | None:
+        """Read one frame of a device's channel; None while its message is incomplete.
+
+        Raises:
+            WireError: it is to be rejected.
+        """
+        device, channel = source
+        limits = self._limits[channel]
+        assembler = self._assemblers.setdefault(source, Assembler(limits))
+        frame = decode_frame(payload, limits)
+        body = self._whole(frame, assembler)
+        if body is None:
+            return _gap(device, frame, assembler) if source in self._assemblers else None
+        message = decode_body(frame, body, limits)
+        if message.kind not in (("state",) if channel == "state" else _STEPS):
+            raise WireError("kind", f"a message of kind {message.kind} does not belong on the {channel} topic")
+        wrong = None if channel == "state" else self._wrong(message)
         if wrong is not None:
-            self.rejected[wrong[0]] += 1
-            return Refusal(topic.device, message.session, message.step, *wrong)
-        return Arrival(topic.device, message, body)
+            return Refusal(device, message.session, message.step, *wrong)
+        return Arrival(device, message, body)
 
     def _whole(self, frame: Frame, assembler: Assembler) -> bytes | None:
         """Add a frame to its message and bound what all unfinished messages hold. See ``Assembler.whole``."""

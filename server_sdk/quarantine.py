@@ -48,7 +48,7 @@ class Quarantine:
     Args:
         transport: its subscriptions are managed; the caller opens and closes it.
         fleet: name of the fleet.
-        after: so many messages within 10 s may be refused, 0 or more; one more is a flood.
+        after: so many messages within 10 s may be blamed on a device, 0 or more; with one more it is left unread.
         first_s: length of a first quarantine, positive.
         longest_s: no quarantine is longer; at least ``first_s``.
         max_devices: devices to know, at least 1.
@@ -124,7 +124,7 @@ class Quarantine:
             self._try(lambda: self._transport.subscribe(*single))
 
     def blame(self, device: str, channel: str) -> None:
-        """Note a message of a device that was refused for its rate.
+        """Note a message of a device that was dropped as part of a flood.
 
         Args:
             device: its name.

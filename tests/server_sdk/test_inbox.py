@@ -116,6 +116,18 @@ def test_a_state_is_one_frame_of_at_most_64_kib() -> None:
     assert tight.rejected == {"limit": 1}
 
 
+def test_only_steps_of_another_version_or_kind_are_answered() -> None:
+    (frame,) = encode(train())
+    foreign = frame.replace(b"train", b"trein")
+    box = inbox()
+    answers = [
+        box.take(Received(topic("ward", "d1"), foreign, False, lambda: None))
+        for topic in (topics.up_step, topics.up_state)
+    ]
+    assert isinstance(answers[0], Refusal) and answers[0].reason == "kind" and answers[1] is None
+    assert box.rejected == {"kind": 2}
+
+
 def unfinished(box: Inbox, device: str, chunks: int, step: int = 1) -> Any:
     """Deliver so many of the chunks of 100 bytes of a step, never the last one of them."""
     message = Message("train", "run-1", "s", step, {"front": 0}, dict(train(8).tensors))
@@ -170,3 +182,28 @@ def test_what_is_held_is_let_go_with_the_whole_the_dropped_and_the_wrong() -> No
     other = encode(Message("train", "run-1", "s", 9, {"front": 0}, dict(train(7).tensors)), chunk_bytes=100)
     assert box.take(Received(topic, other[0], False, lambda: None)) is None
     assert box.rejected == {"conflict": 1} and box.held_bytes == 600
+
+
+def test_a_device_that_sends_what_is_wrong_without_end_floods_and_is_answered_no_more() -> None:
+    now_s = [0.0]
+    box = inbox(wrong=Rates(RateLimits(messages_per_s=1.0, bytes_per_s=1e6, burst_s=3.0), lambda: now_s[0]))
+    noise = Received(topics.up_step("ward", "d1"), b"noise", False, lambda: None)
+    assert isinstance(deliver(box, train(run="run-0")), Refusal)
+    assert box.take(noise) is None
+    assert deliver(box, train(), topics.up_state("ward", "d1")) is None
+    for _ in range(2):
+        assert deliver(box, train(run="run-0")) == Flood("d1", "step")
+        assert box.take(noise) == Flood("d1", "step")
+        assert deliver(box, train(), topics.up_state("ward", "d1")) == Flood("d1", "state")
+    assert isinstance(deliver(box, train()), Arrival)  # what is right is taken
+    assert isinstance(deliver(box, train(run="run-0"), topics.up_step("ward", "d2")), Refusal)
+    assert box.rejected["run"] == 4 and box.rejected["kind"] == 3 and sum(box.rejected.values()) == 10
+    now_s[0] += 1.0
+    assert isinstance(deliver(box, train(run="run-0")), Refusal)
+
+
+def test_by_default_some_four_megabytes_a_second_may_be_wrong() -> None:
+    box = inbox()
+    wrong = Received(topics.up_step("ward", "d1"), bytes(1 << 20), False, lambda: None)
+    taken = [box.take(wrong) for _ in range(60)]
+    assert taken[:7] == [None] * 7 and taken[-1] == Flood("d1", "step")

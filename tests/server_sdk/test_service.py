@@ -314,8 +314,10 @@ def test_a_device_that_floods_is_left_unread_and_the_run_goes_on(built: dict[str
     every, single = topics.every_step("ward"), topics.up_step("ward", "d0")
 
     def flood_until(everybody_is_read: bool) -> None:
-        while (every in server._patterns) != everybody_is_read and thread.is_alive():
+        deadline = time.monotonic() + 20
+        while (every in server._patterns) != everybody_is_read:
             foe.publish(topics.up_step("ward", "foe"), b"flood")
+            assert time.monotonic() < deadline and thread.is_alive()
 
     flood_until(everybody_is_read=False)
     for _ in range(100):
