@@ -15,7 +15,7 @@ from edge_sdk.batch import Dataset, load_dataset
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.client import EdgeClient
 from edge_sdk.codec import pack_tensors
-from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run
+from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
 from edge_sdk.errors import BatchError, ConfigError
 from edge_sdk.front import FrontState
 from edge_sdk.memory import keep_freed_memory, peak_rss_mb
@@ -177,6 +177,7 @@ def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, 
 
     try:
         client.start(wait_s=arguments.wait_s)
+        stop_on_signals(client.interrupt)  # an exception out of nowhere would leave the MQTT library half way
         follow(
             client,
             dataset.train,

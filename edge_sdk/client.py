@@ -197,7 +197,7 @@ class EdgeClient:
         plan = self._exchange.open(wait_s, unfinished)
         if self._state.run == plan.run:
             return plan
-        if unfinished:
+        if unfinished and (self.steps or self.sent):
             raise RefusedError(
                 "run",
                 f"the server trains run {plan.run}, this device's state is of run {self._state.run} after "
@@ -228,6 +228,10 @@ class EdgeClient:
         """
         self._exchange.listen(timeout_s)
         return self.plan
+
+    def interrupt(self) -> None:
+        """Make whoever waits for the server raise KeyboardInterrupt soon; from any thread or a signal handler."""
+        self._exchange.interrupt()
 
     def finish_run(self) -> None:
         """Note that this device is through with the run, so that the next run may begin on this state."""
@@ -330,11 +334,12 @@ class EdgeClient:
         }
         while True:
             try:
-                self._state.begin(outbox, counters)
+                self._exchange.forget(self._state.begin(outbox, counters))
                 break
             except OutboxFullError:
                 if self._state.limits.when_full != "block" or not self._state.outbox:
                     raise
+                self._send_left()
                 self._collect(1.0)
         self._exchange.send(outbox)
         self._collect(0.0)
@@ -345,9 +350,7 @@ class EdgeClient:
         Raises:
             RefusedError, StateError, TransportError: as in ``train_step``.
         """
-        for outbox in self._state.outbox:
-            if outbox.step not in self._exchange.waiting:
-                self._exchange.send(outbox)
+        self._send_left()
         while self._state.outbox:
             self._collect(1.0)
 
@@ -434,6 +437,12 @@ class EdgeClient:
             raise RefusedError("shape", "the server's front is not of this bundle: compare the versions of psgl")
         after = FrontState(before.version, dict(given)) if given else before
         self._state.finish(outbox.step, after, {"front": int(reply.fields["front"])})
+
+    def _send_left(self) -> None:
+        """Send what an earlier life of this device left in the outbox."""
+        for outbox in self._state.outbox:
+            if outbox.step not in self._exchange.waiting:
+                self._exchange.send(outbox)
 
     def _collect(self, timeout_s: float) -> None:
         """Take the replies that have come; waits for one at most this long."""

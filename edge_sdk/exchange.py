@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import platform
 import random
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +153,7 @@ class Exchange:
         self._arrived: deque[Reply] = deque()
         self._taken: deque[Received] = deque()
         self._status: dict[str, Any] = {"status": "online"}
+        self._interrupted = threading.Event()
         self._joined = False
         self.plan: Plan | None = None
         self.traffic = Traffic()
@@ -223,6 +225,11 @@ class Exchange:
         self._waiting[outbox.step] = _Waiting(outbox, self._resend_s)
         self._send_due()
 
+    def forget(self, steps: Iterable[int]) -> None:
+        """Send these steps no more: they gave way to newer ones."""
+        for step in steps:
+            self._waiting.pop(step, None)
+
     def reply(self, timeout_s: float) -> Reply | None:
         """The next reply to a step that was sent, or None when none came within ``timeout_s``.
 
@@ -268,6 +275,10 @@ class Exchange:
         finally:
             self._waiting.pop(outbox.step, None)
             self._arrived.extendleft(reversed(others))
+
+    def interrupt(self) -> None:
+        """Make whoever waits raise KeyboardInterrupt within a second; from any thread or a signal handler."""
+        self._interrupted.set()
 
     def listen(self, timeout_s: float) -> None:
         """Take what the server announces for as long as this; nothing waits for a reply.
@@ -333,6 +344,8 @@ class Exchange:
 
         It is acknowledged to the broker when the next one is asked for, so that a reply takes effect first.
         """
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt
         while self._taken:
             self._taken.popleft().acknowledge()
         received = self._transport.receive(timeout_s)
@@ -385,7 +398,11 @@ class Exchange:
             server=str(fields.get("server", "")),
         )
         if self._joined and self.plan is not None:
-            if plan.run != self.plan.run or plan.status == "finished":
+            if plan.run != self.plan.run:
+                raise RefusedError(
+                    "run", f"the server trains run {plan.run} now, not {self.plan.run}: start this device again"
+                )
+            if plan.status == "finished":
                 raise RefusedError(
                     "run", f"the server ended run {self.plan.run}: start psgl-server train, then this device again"
                 )

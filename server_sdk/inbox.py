@@ -29,6 +29,7 @@ from server_sdk.screening import Screen
 __all__ = ["Arrival", "Flood", "Gap", "Inbox", "Refusal"]
 
 _STEPS = ("train", "store", "front", "infer")
+_DAMAGED = ("crc", "truncated", "header")  # on the way: the step is sent again
 _MAX_TOTAL = 1 << 32
 _MAX_STATE_BYTES = 64 << 10
 _WRONG = RateLimits(messages_per_s=50.0, bytes_per_s=4e6)
@@ -186,7 +187,12 @@ class Inbox:
         body = self._whole(frame, assembler)
         if body is None:
             return _gap(device, frame, assembler) if source in self._assemblers else None
-        message = decode_body(frame, body, limits)
+        try:
+            message = decode_body(frame, body, limits)
+        except WireError as exc:
+            if frame.kind not in _STEPS or exc.reason in _DAMAGED:
+                raise
+            return Refusal(device, frame.session, frame.step, exc.reason, str(exc))
         if message.kind not in (("state",) if channel == "state" else _STEPS):
             raise WireError("kind", f"a message of kind {message.kind} does not belong on the {channel} topic")
         wrong = None if channel == "state" else self._wrong(message)

@@ -85,6 +85,7 @@ class Journal:
         self._checkpoints: Checkpoints | None = None
         self._needed: dict[int, int] = {}  # position of a checkpoint -> the first record that it needs
         self._checkpointed = 0  # rounds
+        self._tried = 0  # rounds, when a checkpoint was last due
         if self._durability.mode == "log":  # first, for its lock keeps a second server from the checkpoints, too
             self._log = Log(folder / "log", sync=self._durability.sync, on_note=self._note)
         if self._durability.mode != "off":
@@ -177,10 +178,20 @@ class Journal:
             place = self._log.append(kind, fields, body)
         return run.apply(Record(run.position + 1, kind, fields, body), place, message)
 
-    def checkpoint_if_due(self, run: TrainingRun) -> None:
-        """Write a checkpoint when enough rounds were done since the last."""
-        if run.round - self._checkpointed >= self._durability.checkpoint_every:
-            self.checkpoint(run)
+    def checkpoint_if_due(self, run: TrainingRun) -> bool:
+        """Write a checkpoint when enough rounds were done since the last one was written or tried.
+
+        Returns:
+            Whether one was written.
+
+        Raises:
+            CheckpointError, LogError: see ``checkpoint``.
+        """
+        if run.round - max(self._checkpointed, self._tried) < self._durability.checkpoint_every:
+            return False
+        self._tried = run.round
+        self.checkpoint(run)
+        return True
 
     def checkpoint(self, run: TrainingRun, *, finished: bool = False) -> None:
         """Write a checkpoint and let go of the records that no kept checkpoint needs.

@@ -79,6 +79,7 @@ class Schedule:
         self._round = Gathering(deadline_s, clock=clock)
         self._fronts = Gathering(deadline_s, clock=clock)
         self._turn = ("", -1)
+        self._samples = 0
 
     def next(self, run: TrainingRun) -> Proposal | None:
         """The next record, or None while there is nothing to do but wait."""
@@ -106,10 +107,18 @@ class Schedule:
     def _epoch(self, run: TrainingRun) -> Proposal | None:
         if run.over or run.store.ready:
             return None
-        complete = run.store.complete
-        if not run.store.epoch and not self._round.over(complete, run.store.devices, least=run.plan.devices):
+        if not run.store.epoch and not self._stored(run):
             return None
         return Proposal("epoch", {"number": run.store.epoch + 1, "samples": len(run.store)})
+
+    def _stored(self, run: TrainingRun) -> bool:
+        """Whether every sample is here, or none came for the deadline: the rest may come later, or never."""
+        if len(run.store) != self._samples:
+            self._samples = len(run.store)
+            self._round.again()
+        devices = run.store.devices
+        awaited = devices if run.store.complete == devices else ("the rest",)
+        return self._round.over(devices, awaited, least=run.plan.devices)
 
     def _mean(self, run: TrainingRun) -> Proposal | None:
         if not self._fronts.over(run.fronts, run.owing | run.fronts.keys()):

@@ -100,7 +100,7 @@ class TrainingService:
         )
         self._stop = threading.Event()
         self._announced: tuple[Any, ...] = ()
-        self._trouble = ""
+        self._trouble: dict[str, str] = {}  # what the disk refuses (record, checkpoint), and why
         self._bytes = Counter[str]()
 
     def _on_event(self, event: Event) -> None:
@@ -131,14 +131,14 @@ class TrainingService:
             TransportError: the broker cannot be reached.
             ServerError: no device said anything for ``idle_s``, training failed, or the disk refuses.
         """
-        if self._resume is None:
-            self._journal.begin(self._run)
-        else:
+        if self._resume is not None:
             self._journal.restore(self._run)
             for name in {*self._run.steps, *self._run.store.devices}:
                 self._roster.join(name)
                 self._quarantine.known(name)
         self._transport.open(None)
+        if self._resume is None:
+            self._begin()
         status = "paused" if self._journal.durable else "finished"
         try:
             figures = self._serve()
@@ -151,6 +151,14 @@ class TrainingService:
                 self._announce(status)
                 self._quarantine.close()
             self._transport.close()
+
+    def _begin(self) -> None:
+        """Keep a new run before any device hears of it, and only where there is a broker to hear of it."""
+        try:
+            self._journal.begin(self._run)
+        except BaseException:
+            self._transport.close()
+            raise
 
     def finish(self) -> None:
         """Mark the run as finished, once its results are where they belong; its log is not needed any more."""
@@ -228,15 +236,20 @@ class TrainingService:
     def _keep(self) -> None:
         """Write a checkpoint if one is due; a disk that refuses is tried again with the next round."""
         try:
-            self._journal.checkpoint_if_due(self._run)
+            if self._journal.checkpoint_if_due(self._run):
+                self._complain("checkpoint", None)
         except (CheckpointError, LogError) as exc:
-            self._complain(exc)
+            self._complain("checkpoint", exc)
 
-    def _complain(self, error: ServerError | None) -> None:
-        """Say once that the disk refuses, and once that it takes again: until then devices keep their steps."""
-        if (error is None) != (self._trouble == ""):
-            self._trouble = "" if error is None else str(error)
-            self._on_event({"event": "disk", "ok": error is None, "why": self._trouble})
+    def _complain(self, what: str, error: ServerError | None) -> None:
+        """Say once that the disk refuses, and once that it takes all again: until then devices keep their steps."""
+        before = bool(self._trouble)
+        if error is None:
+            self._trouble.pop(what, None)
+        else:
+            self._trouble[what] = str(error)
+        if bool(self._trouble) != before:
+            self._on_event({"event": "disk", "ok": before, "why": "" if error is None else str(error)})
 
     def _announce(self, status: str) -> None:
         """Publish the run (retained) when it changes and after every new connection."""
@@ -335,7 +348,7 @@ class TrainingService:
             self._answer(arrival, "refused", {"reason": "finished", "detail": "the run has all its rounds"})
         elif message.kind == "train" and self._plan.fronts == "relay" and arrival.device != self._run.holder:
             self._refuse(arrival, "turn", "it is another device's turn: ask for the next one")
-        elif message.kind == "front" and self._plan.fronts == "shared" and arrival.device not in self._run.owing:
+        elif message.kind == "front" and self._plan.fronts == "shared" and not self._awaited(arrival.device):
             self._send(self._run.current_front(arrival.key))
         else:
             self._roster.join(arrival.device)
@@ -344,6 +357,10 @@ class TrainingService:
             if self._write("step", fields, arrival) and message.kind == "store":
                 samples = self._run.store.count(device)
                 self._on_event({"event": "stored", "device": device, "samples": samples})
+
+    def _awaited(self, device: str) -> bool:
+        """Whether a device's front is part of the next mean; of the last one is whoever comes before it is made."""
+        return device in self._run.owing or (self._run.over and bool(self._run.owing or self._run.fronts))
 
     def _decide(self, arrival: Arrival) -> None:
         try:
@@ -360,9 +377,9 @@ class TrainingService:
         try:
             replies = self._journal.write(self._run, kind, fields, body, message)
         except LogError as exc:
-            self._complain(exc)
+            self._complain("record", exc)
             return False
-        self._complain(None)
+        self._complain("record", None)
         for outgoing in replies:
             self._send(outgoing)
         if self._run.trained is not None:

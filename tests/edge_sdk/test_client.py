@@ -210,9 +210,25 @@ def test_a_server_that_starts_another_run_ends_the_device(built: dict[str, Any],
         other.open(None)
         with make_client(broker, built["vanilla"]) as client:
             other.publish(topics.down_model("ward"), announcement(built["vanilla"].bundle.id, "run-2"), retain=True)
-            with pytest.raises(RefusedError, match="ended run run-1"):
+            with pytest.raises(RefusedError, match="trains run run-2 now"):
                 client.train_step(batch.x, batch.y)
         other.close()
+
+
+def test_a_device_that_has_trained_nothing_joins_the_next_run(built: dict[str, Any], samples: Draw) -> None:
+    broker, batch = MemoryBroker(), samples(6, 1)
+    server = MemoryTransport(broker, "server")
+    server.open(None)
+    server.publish(topics.down_model("ward"), announcement(built["vanilla"].bundle.id), retain=True)
+    with make_client(broker, built["vanilla"], give_up_s=0.2) as client, pytest.raises(TransportError):
+        client.train_step(batch.x, batch.y)
+    assert client.state.run == RUN and len(client.state.outbox) == 1
+    server.publish(topics.down_model("ward"), announcement(built["vanilla"].bundle.id, "run-2"), retain=True)
+    transport = MemoryTransport(broker, "d2")  # another name, so that nothing is kept for it
+    again = EdgeClient(built["vanilla"].bundle, transport, device="d1", fleet="ward", state=client.state)
+    with again:
+        assert again.state.run == "run-2" and again.state.outbox == ()
+    server.close()
 
 
 def test_a_wrong_batch_never_leaves_the_device(built: dict[str, Any]) -> None:

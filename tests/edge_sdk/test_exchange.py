@@ -315,6 +315,15 @@ def test_the_work_meanwhile_begins_after_the_step_is_on_its_way(wire: Wire, join
     assert sent == [1]
 
 
+def test_a_step_that_gave_way_is_sent_no_more(wire: Wire, joined: Exchange) -> None:
+    for number in (1, 2):
+        joined.send(outbox(number))
+    joined.forget((1, 7))
+    wire.arrive(DOWN, *reply("stored", 1, samples=1))
+    assert joined.reply(11.0) is None and joined.waiting == {2}
+    assert [payload for _, payload in wire.steps()[2:]] == [outbox(2).frames[0]]
+
+
 # --- a broker that does not take everything ---
 
 
@@ -341,12 +350,29 @@ def test_a_broker_that_refuses_what_is_published_is_named(wire: Wire, clock: Clo
 # --- the end ---
 
 
-@pytest.mark.parametrize(("run", "status"), [("run-2", "training"), (RUN, "finished")])
-def test_a_run_that_ends_ends_the_wait(wire: Wire, clock: Clock, joined: Exchange, run: str, status: str) -> None:
+@pytest.mark.parametrize(
+    ("run", "status", "words"),
+    [
+        ("run-2", "training", "trains run run-2 now, not run-1: start this device again"),
+        (RUN, "finished", "ended run run-1: start psgl-server train"),
+    ],
+)
+def test_a_run_that_ends_ends_the_wait(
+    wire: Wire, clock: Clock, joined: Exchange, run: str, status: str, words: str
+) -> None:
     clock.at(1.0, lambda: wire.arrive(MODEL, model(run, status=status)))
-    with pytest.raises(RefusedError, match="ended run run-1: start psgl-server train") as caught:
+    with pytest.raises(RefusedError, match=words) as caught:
         joined.ask(outbox())
     assert caught.value.reason == "run"
+
+
+def test_whoever_waits_can_be_interrupted(wire: Wire, clock: Clock, joined: Exchange) -> None:
+    clock.at(3.0, joined.interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        joined.ask(outbox())
+    assert clock.now - 1000 <= 4
+    joined.close()
+    assert wire.told()[-1] == "offline" and wire.closed
 
 
 def test_a_server_that_pauses_does_not(wire: Wire, clock: Clock, joined: Exchange) -> None:

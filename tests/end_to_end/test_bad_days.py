@@ -29,6 +29,8 @@ from edge_sdk.state import MemoryState, OutboxLimits
 from edge_sdk.training import follow
 from edge_sdk.transport import Received
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame
+from server_sdk.checkpoint import Checkpoint, Checkpoints
+from server_sdk.errors import CheckpointError
 from server_sdk.journal import Durability, Journal
 from server_sdk.screening import Screen
 from server_sdk.segments import Damage, Record, scan
@@ -101,7 +103,7 @@ class Fleet:
         self.errors: list[Exception] = []
         self.trainer = built.trainer(plan.rounds)
         self.gate = Gate(self.broker)
-        self._journal = Journal(folder, Durability(keep_log=True))
+        self._journal = Journal(folder, Durability(checkpoint_every=options.pop("every", 50), keep_log=True))
         self._service = TrainingService(
             built.bundle,
             self.trainer,
@@ -289,6 +291,61 @@ def test_a_slow_device_holds_nobody_up_and_none_of_its_steps_is_lost(fleet: Make
     assert len(steps["d0"]) == ward.clients["d0"].steps >= 8
 
 
+def test_a_device_that_comes_back_after_the_last_round_ends_with_the_last_mean(fleet: Make, samples: Draw) -> None:
+    ward = fleet(TrainingPlan(3, 4, 6, fronts="shared", synchronise_every=2), deadline_s=1.0)
+    ward.serve()
+    back = threading.Event()
+
+    def hold(event: Event) -> None:
+        if event["event"] == "step" and event["round"] == 4:
+            assert back.wait(PATIENCE_S)
+
+    ward.follow("d1")
+    ward.follow("d2", hold)
+    transport = MemoryTransport(ward.broker, "d0")
+    away = ward.client("d0", transport=transport)
+    away.start()
+    batch = samples(6, 0)
+    assert away.train_step(batch.x, batch.y) is not None
+    transport.kill()
+    ward.events.until(lambda event: event["event"] == "round" and event["round"] == 4)
+    ward.follow("d0", state=away.state)
+    ward.said.until(lambda said: said[0] == "d0" and said[1].kind == "front")
+    back.set()
+    ward.end()
+    assert [event["devices"] for event in ward.rounds()][1:] == [["d1", "d2"]] * 3
+    assert ward.same_fronts("d1", "d2") and ward.same_fronts("d0", "d1")
+
+
+# --- disks ---
+
+
+def test_a_disk_that_takes_records_and_no_checkpoints_is_said_once(
+    fleet: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ward = fleet(every=3)
+    write, tried, full = Checkpoints.write, 0, True
+
+    def refuse(self: Checkpoints, checkpoint: Checkpoint) -> Path:
+        nonlocal tried
+        tried += 1
+        if tried > 1 and full:
+            raise CheckpointError("no space left: free some")
+        return write(self, checkpoint)
+
+    def free() -> None:
+        nonlocal full
+        full = False
+
+    monkeypatch.setattr(Checkpoints, "write", refuse)
+    ward.serve()
+    ward.follow("d0", stop_at(9, free))
+    ward.follow("d1")
+    ward.end()
+    assert [event["ok"] for event in ward.events.seen if event["event"] == "disk"] == [False, True]
+    assert tried <= 7, "the first, the last, and one at most every 3 rounds"
+
+
 # --- clocks ---
 
 
@@ -426,6 +483,8 @@ def test_steps_that_cannot_be_trained_are_refused_with_a_reason_and_counted(flee
     for value in (np.nan, np.inf, -np.inf):
         body = to_body(damaged).replace(np.float32(0.5).tobytes(), np.float32(value).tobytes(), 1)
         stranger.send(damaged, body)
+        refused = stranger.answer()
+        assert (refused.kind, refused.step, refused.fields["reason"]) == ("refused", 4, "nonfinite")
     ward.follow("d0")
     ward.end()
     assert ward.figures["rejected"] == {"run": 1, "range": 2, "nonfinite": 3}
@@ -518,3 +577,43 @@ def test_an_outbox_that_refuses_says_so_and_goes_on_when_there_is_room(fleet: Ma
         finish(client)
     ward.end()
     assert stored(ward) == list(range(0, 60, 6)) and ward.figures["rounds"] == 5
+
+
+def test_an_outbox_that_drops_counts_what_it_drops_and_the_run_finishes(fleet: Make, samples: Draw) -> None:
+    ward = fleet(FROZEN, deadline_s=0.5)
+    client, batches = storing(ward, samples, "drop-oldest")
+    with client:
+        ward.broker.stop()
+        for x, y, first in batches:
+            client.store(x, y, first=first, total=60)
+        assert client.state.counters["dropped"] == 7 and client.sent == 60
+        left = {step.step for step in client.state.outbox}
+        assert len(left) == 3 and client._exchange.waiting == left, "what gave way takes no memory"
+    ward.broker.start()
+    ward.gate.opened.set()
+    with ward.client("d0", state=client.state) as again:  # what the first one had queued for the broker went with it
+        again.resume()
+        finish(again)
+    ward.end()
+    assert stored(ward) == [42, 48, 54] and ward.figures["rounds"] == 5
+
+
+def test_a_full_outbox_of_an_earlier_life_blocks_only_until_it_is_answered(fleet: Make, samples: Draw) -> None:
+    ward = fleet(FROZEN)
+    client, batches = storing(ward, samples, "block")
+    with client:
+        ward.broker.stop()
+        for x, y, first in batches[:3]:
+            client.store(x, y, first=first, total=60)
+    ward.broker.start()
+    ward.gate.opened.set()
+
+    def work() -> None:
+        with ward.client("d0", state=client.state) as again:
+            for x, y, first in batches[3:]:
+                again.store(x, y, first=first, total=60)
+            finish(again)
+
+    ward.start(work)
+    ward.end()
+    assert sorted(stored(ward)) == list(range(0, 60, 6))

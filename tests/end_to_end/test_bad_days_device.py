@@ -33,7 +33,7 @@ def test_a_device_that_is_killed_again_and_again_goes_on(ward: Any) -> None:
     device = ward.device("d1")
     server.wait("round", round=80)
     device.send(signal.SIGINT)
-    assert device.end() == 130 and device.errors[-1] == "stopped"
+    assert device.end() == 130 and device.errors == ["stopped"]
     assert len(server.of("round")) < ROUNDS
     device = ward.device("d1")
     assert device.end() == 0, device.errors
@@ -52,7 +52,7 @@ def test_a_device_of_another_run_or_bundle_says_what_to_do(ward: Any) -> None:
     second = ward.server(ROUNDS)
     old, new = first.wait("waiting")["run"], second.wait("waiting")["run"]
     ward.listener(topics.down_model).until(lambda message: message.run == new)
-    ward.device("d1").one_line()  # of what the broker had kept for it since it stopped
+    assert "start this device again" in ward.device("d1").one_line()  # the broker had kept the first run's last word
     line = ward.device("d1").one_line()
     assert old in line and new in line and "--fresh" in line and "resume that run" in line
     assert "copy the server's bundle here" in ward.device("d2", profile="paper").one_line()

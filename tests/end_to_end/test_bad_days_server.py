@@ -10,6 +10,7 @@ import pytest
 
 from edge_sdk import topics
 from server_sdk import cli
+from server_sdk.broker import EmbeddedBroker
 
 ROUNDS = 150
 
@@ -88,6 +89,14 @@ def test_fresh_forgets_the_run_and_nothing_else_does(ward: Any) -> None:
     assert device.end() == 0, device.errors
     assert fresh.end() == 0, fresh.errors
     assert len(ward.trained()) == 7 and (ward.folder / "server" / "notes.txt").read_text() == "mine"
+
+
+def test_a_server_that_finds_no_broker_has_begun_no_run(ward: Any, here: Any) -> None:
+    with EmbeddedBroker() as gone:
+        port = gone.port
+    for _ in range(2):
+        line = refused(here([*ward.train(5), "--port", str(port), "--connect-timeout-s", "0.5"]))
+        assert f"127.0.0.1:{port}" in line and "--resume" not in line
 
 
 def test_a_second_server_leaves_the_first_ones_run_alone(ward: Any, here: Any) -> None:

@@ -29,9 +29,10 @@ class Store:
 
     def __init__(self, complete: tuple[str, ...] = (), devices: tuple[str, ...] = (), epoch: int = 0) -> None:
         self.complete, self.devices, self.epoch, self.ready = complete, devices, epoch, False
+        self.samples = 5
 
     def __len__(self) -> int:
-        return 5
+        return self.samples
 
 
 def state(plan: TrainingPlan, **fields: Any) -> Any:
@@ -143,6 +144,24 @@ def test_an_epoch_begins_when_every_sample_is_there_and_then_again_and_again() -
     assert first is not None and (first.kind, first.fields) == ("epoch", {"number": 1, "samples": 5})
     second = schedule.next(state(plan, store=Store(("a",), ("a", "b"), epoch=1)))
     assert second is not None and second.fields["number"] == 2, "a late joiner stops nobody"
+
+
+def test_samples_that_never_come_hold_the_first_epoch_up_for_the_deadline_only() -> None:
+    clock, store = Clock(), Store(("a",), ("a", "b"))
+    schedule, run = Schedule(10.0, clock=clock), state(TrainingPlan(devices=2, rounds=9, fronts="frozen"), store=store)
+    assert schedule.next(run) is None
+    clock.now = 9
+    store.samples = 6
+    assert schedule.next(run) is None, "the patience begins anew with each sample"
+    clock.now = 18
+    assert schedule.next(run) is None
+    clock.now = 19
+    assert schedule.next(run) is not None
+    alone = state(run.plan, store=Store((), ("b",)))
+    schedule = Schedule(10.0, clock=clock)
+    assert schedule.next(alone) is None
+    clock.now = 99
+    assert schedule.next(alone) is None, "nothing begins before every device has sent something"
 
 
 def test_the_patience_ends_only_while_somebody_is_there() -> None:
