@@ -2,7 +2,7 @@
 
 ``DECOMPOSITIONS`` rewrites ATen operators while a gradient is traced. ``TRANSLATIONS`` gives the ONNX form of
 those that are cheapest, or only right, when written by hand; everything else keeps torch's own translation.
-The forms were chosen by time in onnxruntime on one CPU thread: strided slices and MatMul for a convolution's
+The forms were chosen by time in onnxruntime on one CPU thread: slices and one product for a convolution's
 weight gradient, MaxUnpool for a pool's, one BatchNormalization with the batch's own statistics for training
 mode.
 """
@@ -19,12 +19,12 @@ from onnxscript import opset18 as op
 from torch import Tensor
 from torch._decomp import decomposition_table
 
+from export import rewrite as _rewrite  # defines psgl::twice
 from export.errors import ExportError
 
 __all__ = ["DECOMPOSITIONS", "TRANSLATIONS"]
 
 _FLOAT = 1
-_FEW_ROWS = 16
 
 aten = torch.ops.aten
 
@@ -141,46 +141,31 @@ def _convolution_backward(
 
 
 def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
-    """dW = sum over samples of dY @ im2col(x)^T.
+    """dW^T = im2col(x) @ dY^T, one product over all samples and positions for each group.
 
-    The taps of the last axis are laid side by side once; each position on the other axes is then a slice of
-    whole rows and one product. With few channels these would be too thin to pay, so all taps go into one.
+    The patches need no gradient: on a device they are laid out while it is on its way. With the channels first they are
+    slices side by side, and nothing of theirs is transposed.
     """
     out, kernel = list(grad.shape[2:]), list(weight.shape[2:])
-    fan_out, fan_in = int(weight.shape[0]) // groups, int(weight.shape[1])
-    axes = _spatial(x)
-    last, width = axes[-1], kernel[-1]
+    fan_out, axes = int(weight.shape[0]) // groups, _spatial(x)
+    x = op.Transpose(x, perm=[1, 0, *axes])
     if any(padding):
         x = op.Pad(x, _ints(*padding, *padding), None, _ints(*axes))
-    stop = (out[-1] - 1) * stride[-1] + 1
-    columns = [
-        op.Slice(x, _ints(tap * dilation[-1]), _ints(tap * dilation[-1] + stop), _ints(last), _ints(stride[-1]))
-        for tap in range(width)
-    ]
-    # (N, C, width, *S): unsqueezed so that channels of one group stay together
-    spread = op.Concat(*[op.Unsqueeze(column, _ints(2)) for column in columns], axis=2)
-    lead = [0] if groups == 1 else [0, groups]
-    swap = [0, 2, 1] if groups == 1 else [0, 1, 3, 2]
-    cells = math.prod(out)
-    left = op.Reshape(grad, _ints(*lead, fan_out, cells))
-    rows = []
-    for offset in itertools.product(*(range(extent) for extent in kernel[:-1])):
-        part = spread
-        if offset:
-            start = [o * d for o, d in zip(offset, dilation, strict=False)]
-            ends = [a + (n - 1) * s + 1 for a, n, s in zip(start, out, stride, strict=False)]
-            steps = stride[: len(offset)]
-            part = op.Slice(part, _ints(*start), _ints(*ends), _ints(*[axis + 1 for axis in axes[:-1]]), _ints(*steps))
-        rows.append(part)
-    if fan_in * width < _FEW_ROWS and len(rows) > 1:
-        rows = [op.Concat(*[op.Unsqueeze(row, _ints(2)) for row in rows], axis=2)]
-    products = []
-    for row in rows:
-        right = op.Transpose(op.Reshape(row, _ints(*lead, -1, cells)), perm=swap)
-        products.append(op.ReduceSum(op.MatMul(left, right), _ints(0), keepdims=0))
-    shape = [int(extent) for extent in weight.shape]
-    parts = [op.Reshape(product, _ints(shape[0], fan_in, -1, width)) for product in products]
-    return op.Reshape(parts[0] if len(parts) == 1 else op.Concat(*parts, axis=2), _ints(*shape))
+    taps = []
+    for tap in itertools.product(*(range(extent) for extent in kernel)):
+        start = [index * apart for index, apart in zip(tap, dilation, strict=True)]
+        ends = [first + (n - 1) * step + 1 for first, n, step in zip(start, out, stride, strict=True)]
+        taps.append(op.Unsqueeze(op.Slice(x, _ints(*start), _ints(*ends), _ints(*axes), _ints(*stride)), _ints(1)))
+    patches = taps[0] if len(taps) == 1 else op.Concat(*taps, axis=1)
+    rows = int(weight.shape[1]) * len(taps)
+    grad = op.Transpose(grad, perm=[1, 0, *axes])
+    if groups == 1:
+        product = op.Gemm(op.Reshape(patches, _ints(rows, -1)), op.Reshape(grad, _ints(fan_out, -1)), transB=1)
+        product = op.Transpose(product, perm=[1, 0])
+    else:
+        right = op.Transpose(op.Reshape(grad, _ints(groups, fan_out, -1)), perm=[0, 2, 1])
+        product = op.Transpose(op.MatMul(op.Reshape(patches, _ints(groups, rows, -1)), right), perm=[0, 2, 1])
+    return op.Reshape(product, _ints(*map(int, weight.shape)))
 
 
 def _batch_statistics(x: Any) -> tuple[Any, Any, Any]:
@@ -322,6 +307,15 @@ def _pixel_shuffle(x: Any, factor: Any) -> Any:
     return op.DepthToSpace(x, blocksize=factor, mode="CRD")
 
 
+def _twice(x: Any, height: Any, width: Any) -> Any:
+    scales = op.Constant(value_floats=[1.0, 1.0, 2.0, 2.0])
+    large = op.Resize(
+        x, None, scales, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+    )
+    missing = [int(extent) - 2 * int(half) for extent, half in zip((height, width), x.shape[2:], strict=True)]
+    return op.Pad(large, _ints(0, 0, *missing), None, _ints(2, 3)) if any(missing) else large
+
+
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     table = {key: rule for key, rule in decomposition_table.items() if "backward" in str(key)}
     for key in TRANSLATIONS:
@@ -340,6 +334,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.pixel_shuffle.default: _pixel_shuffle,
     aten.pixel_unshuffle.default: _pixel_unshuffle,
+    torch.ops.psgl.twice.default: _twice,
 }
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = _decompositions()

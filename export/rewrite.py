@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cheap_gradient"]
+__all__ = ["cheap_gradient", "twice"]
 
 _FEW_CHANNELS = 4
 
@@ -61,22 +62,44 @@ def _is_thin(layer: nn.Conv2d) -> bool:
     )
 
 
-class _Larger(torch.autograd.Function):
-    """Elementwise maximum whose gradient goes to the first argument where both are equal."""
+class _LargestPlane(torch.autograd.Function):
+    """The largest of four planes; its gradient goes to the first of those that are equal.
+
+    Which plane that is needs no gradient to be known, so that only one product waits for it.
+    """
 
     @staticmethod
-    def forward(first: Tensor, second: Tensor) -> Tensor:
-        return torch.maximum(first, second)
+    def forward(values: Tensor) -> Tensor:
+        first, second, third, fourth = _planes(values).unbind(1)
+        return torch.maximum(torch.maximum(torch.maximum(first, second), third), fourth)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = ctx.saved_tensors
-        to_second = gradient * (second > first).to(gradient.dtype)
-        return gradient - to_second, to_second
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        values, best = ctx.saved_tensors
+        first, second, third, _ = _planes(values).unbind(1)
+        two = torch.maximum(first, second)
+        place = _first_equal((first, two, torch.maximum(two, third)), best)
+        chosen = place.unsqueeze(1) == torch.arange(4, dtype=best.dtype).view(4, 1, 1, 1)
+        return (chosen.to(gradient.dtype) * gradient.unsqueeze(1)).reshape(values.shape)
+
+
+def _planes(values: Tensor) -> Tensor:
+    return values.reshape(-1, 4, values.shape[1] // 4, *values.shape[2:])
+
+
+def _first_equal(largest: Sequence[Tensor], best: Tensor) -> Tensor:
+    """Number of the first of a window's four values that equals its maximum.
+
+    Args:
+        largest: the largest of the first value, of the first two, of the first three.
+        best: the largest of all.
+    """
+    one, two, three = ((value == best).to(best.dtype) for value in largest)
+    return 3 - (one + two + three)
 
 
 class _PooledConvolution(nn.Module):
@@ -98,9 +121,7 @@ class _PooledConvolution(nn.Module):
         stacked = spread.reshape(4 * fan_out, fan_in, kernel[0] + 1, kernel[1] + 1)
         bias = None if self.bias is None else torch.cat([self.bias] * 4)
         values = nn.functional.conv2d(x, stacked, bias, stride=2, padding=self.padding)
-        best, *others = torch.split(values, fan_out, dim=1)
-        for plane in others:
-            best = _Larger.apply(best, plane)  # type: ignore[no-untyped-call]
+        best: Tensor = _LargestPlane.apply(values)  # type: ignore[no-untyped-call]
         return best
 
 
@@ -108,6 +129,21 @@ def _shifts(extent: int) -> Tensor:
     """(extent, 2, extent + 1): one where tap + shift meets the wider kernel's tap."""
     taps, shift, wide = torch.arange(extent), torch.arange(2), torch.arange(extent + 1)
     return (taps.view(-1, 1, 1) + shift.view(1, -1, 1)) == wide.view(1, 1, -1)
+
+
+@torch.library.custom_op("psgl::twice", mutates_args=())
+def twice(x: Tensor, height: int, width: int) -> Tensor:
+    """Each value four times, as a 2x2 square, then zeros up to the given extents: (N, C, H, W) becomes (N, C, *extents).
+
+    An operator of its own, since a trace of torch's forms either excludes batches of one or becomes copies.
+    """
+    large = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return nn.functional.pad(large, (0, width - large.shape[3], 0, height - large.shape[2]))
+
+
+@twice.register_fake
+def _(x: Tensor, height: int, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:2], height, width)
 
 
 class _Pool(torch.autograd.Function):
@@ -122,20 +158,14 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         x, best = ctx.saved_tensors
-        channels, (height, width) = x.shape[1], best.shape[2:]
-        odd = [x.shape[2] - 2 * height, x.shape[3] - 2 * width]
-        if any(odd):
-            x = x[:, :, : 2 * height, : 2 * width]
-        rest, parts = gradient, []
+        grid = x.shape[2:]
+        x = x[:, :, : 2 * best.shape[2], : 2 * best.shape[3]]
         pool = nn.functional.max_pool2d
         row, column = pool(x, (1, 2), stride=2), pool(x, (2, 1), stride=2)
-        for seen in (pool(x, 1, stride=2), row, torch.maximum(row, column)):
-            parts.append(rest * (seen == best).to(rest.dtype))
-            rest = rest - parts[-1]
-        planes = torch.cat([part.unsqueeze(2) for part in (*parts, rest)], dim=2)
-        planes = planes.reshape(-1, 4 * channels, height, width)
-        corner = torch.eye(4, dtype=x.dtype).reshape(4, 1, 2, 2).repeat(channels, 1, 1, 1)
-        return nn.functional.conv_transpose2d(planes, corner, stride=2, output_padding=odd, groups=channels)
+        place = _first_equal((pool(x, 1, stride=2), row, torch.maximum(row, column)), best)
+        number = (torch.arange(grid[0]) % 2 * 2).view(-1, 1) + torch.arange(grid[1]) % 2
+        chosen = twice(place, *grid) == number.to(best.dtype)
+        return twice(gradient, *grid) * chosen.to(gradient.dtype)
 
 
 class _PlanePool(nn.Module):
