@@ -2,8 +2,8 @@
 
 Vanilla profile, batches of 64, 1x28x28, float32 on the wire, SGD on both sides; the network is
 ``server_sdk.reference.networks.step_network``. Every process has one thread. A step is one device's batch of 64, so two
-devices in a round make two steps. Chunks are 512 KiB, so that a step is one message; a full run measures the default of 64 KiB beside it
-(``.chunked_64k``).
+devices in a round make two steps. Chunks are 512 KiB,
+so that a step is one message; a full run measures the default of 64 KiB beside it (``.chunked_64k``).
 """
 
 from __future__ import annotations

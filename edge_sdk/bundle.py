@@ -198,6 +198,10 @@ def _check_directory(path: Path) -> None:
         raise zipfile.BadZipFile("it does not end with a short list of files")
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON (RFC 8259)")
+
+
 def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) != len(archive.infolist()) or len(entries) > _MAX_FILES or MANIFEST not in entries:
@@ -209,7 +213,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
             raise BundleError(f"{path} holds a file with the name {name[:80]!r}, which no bundle has: do not use it")
     text = _unpack(archive, entries[MANIFEST], _MAX_MANIFEST_BYTES, path)
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as exc:
         raise BundleError(f"{path}: {MANIFEST} is not JSON: export the bundle again") from exc
     if not isinstance(document, dict) or document.get("format") != _FORMAT:

@@ -19,8 +19,8 @@ from onnxscript import opset18 as op
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-from export import rewrite as _rewrite  # defines psgl::twice
 from export.errors import ExportError
+from export.rewrite import twice
 
 __all__ = ["DECOMPOSITIONS", "TRANSLATIONS"]
 
@@ -334,7 +334,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.pixel_shuffle.default: _pixel_shuffle,
     aten.pixel_unshuffle.default: _pixel_unshuffle,
-    torch.ops.psgl.twice.default: _twice,
+    twice._opoverload: _twice,
 }
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = _decompositions()

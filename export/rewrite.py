@@ -133,7 +133,7 @@ def _shifts(extent: int) -> Tensor:
 
 @torch.library.custom_op("psgl::twice", mutates_args=())
 def twice(x: Tensor, height: int, width: int) -> Tensor:
-    """Each value four times, as a 2x2 square, then zeros up to the given extents: (N, C, H, W) becomes (N, C, *extents).
+    """Each value four times, as a 2x2 square, then zeros up to the extents: (N, C, H, W) becomes (N, C, *extents).
 
     An operator of its own, since a trace of torch's forms either excludes batches of one or becomes copies.
     """

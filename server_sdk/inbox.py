@@ -60,7 +60,7 @@ class Refusal:
     """A whole message that the run cannot take, and the answer that its device deserves.
 
     Attributes:
-        reason: short code (``run``, ``shape``, ``range``, ``labels``, ``version``, ``kind``).
+        reason: short code, see docs/wire.md, section 13.
         detail: one sentence for the device's operator.
     """
 

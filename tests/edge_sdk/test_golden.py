@@ -426,6 +426,7 @@ def test_reasons() -> None:
     table = {named(reason): then for reason, _, then in rows(section("13 Refusals"))}
     assert set(table) == {
         *("run", "shape", "range", "labels", "bundle", "version", "kind"),
+        *("nonfinite", "schema", "dtype", "limit", "cbor", "tag", "trailing"),
         *("training", "decision", "finished", "rate", "fronts", "turn"),
     }
     assert set(table.values()) == {"ready", "halted", "done"}
