@@ -308,7 +308,7 @@ def _pixel_shuffle(x: Any, factor: Any) -> Any:
 
 
 def _twice(x: Any, height: Any, width: Any) -> Any:
-    scales = op.Constant(value_floats=[1.0, 1.0, 2.0, 2.0])
+    scales: Any = op.Constant(value_floats=[1.0, 1.0, 2.0, 2.0])
     large = op.Resize(
         x, None, scales, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
     )
