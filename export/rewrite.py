@@ -165,8 +165,8 @@ class _Pool(torch.autograd.Function):
         place = _first_equal((pool(x, 1, stride=2), row, torch.maximum(row, column)), best)
         number = (torch.arange(grid[0]) % 2 * 2).view(-1, 1) + torch.arange(grid[1]) % 2
         chosen = twice(place, *grid) == number.to(best.dtype)
-        spread: Tensor = twice(gradient, *grid)
-        return spread * chosen.to(gradient.dtype)
+        spread: Tensor = twice(gradient, *grid) * chosen.to(gradient.dtype)
+        return spread
 
 
 class _PlanePool(nn.Module):
