@@ -184,6 +184,6 @@ class ActivationStore:
 def _find(body: bytes, part: bytes) -> int:
     """Where a part lies in a body; ``bytes.index`` would first analyse all of the part."""
     at = body.index(part[:64])
-    while memoryview(body)[at : at + len(part)] != part:
+    while body[at : at + len(part)] != part:  # a memoryview would compare item by item
         at = body.index(part[:64], at + 1)
     return at
