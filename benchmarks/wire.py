@@ -151,9 +151,9 @@ class EchoService:
             return
         arrival = self._inbox.take(received)
         waiting = self._step(arrival) if isinstance(arrival, Arrival) and arrival.message.kind != "state" else False
-        received.acknowledge()
         if waiting and isinstance(arrival, Arrival):
             self._train(arrival)
+        received.acknowledge()
 
     def _step(self, arrival: Arrival) -> bool:
         """Write a new step, answer stored samples; True for a step that waits to be trained."""
