@@ -115,7 +115,7 @@ def test_a_repeated_step_is_not_written_again(fleet: tuple[EchoService, MemoryTr
     assert again == (first if kind == "train" else None)
 
 
-def test_the_service_acknowledges_a_training_step_and_then_answers(
+def test_the_service_answers_a_training_step_and_then_acknowledges_it(
     fleet: tuple[EchoService, MemoryTransport, Watched],
 ) -> None:
     service, device, _ = fleet
@@ -132,8 +132,8 @@ def test_the_service_acknowledges_a_training_step_and_then_answers(
         return Received(received.topic, received.payload, received.retained, acknowledge)
 
     service._transport.receive = watched  # type: ignore[method-assign]
-    assert send(service, device, message("train")) is not None
-    assert answered == [False, False]
+    send(service, device, message("train"))
+    assert answered == [False, True]
 
 
 def test_a_device_joins_and_trains(tmp_path: Path) -> None:

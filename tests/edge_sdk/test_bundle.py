@@ -96,7 +96,7 @@ def change_graph(files: dict[str, bytes]) -> None:
         (manifest(classes=["only"]), "two classes"),
         (manifest(input_shape=[0, 8, 8]), "incomplete"),
         (manifest(input_shape="1x8x8"), "incomplete"),
-        (manifest(learning_rate=float("nan")), "incomplete"),
+        (manifest(learning_rate=float("nan")), "not JSON"),
         (manifest(max_batch=True), "incomplete"),
         (lambda files: files.pop(MANIFEST), "needs one manifest.json"),
         (lambda files: files.update({MANIFEST: b"[" * 100_000}), "not JSON"),
