@@ -16,6 +16,7 @@ from edge_sdk.console import add_broker_options, add_debug, connection_from, new
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
+from server_sdk.audit.command import add_audit, audit
 
 if TYPE_CHECKING:
     from server_sdk.journal import Kept
@@ -40,6 +41,7 @@ _EXAMPLES = """\
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first          (a broker on this machine, port 1883)
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first --resume      (after a crash or Ctrl-C)
   psgl-server log inspect runs/first
+  psgl-server audit net.psgl --data x.npz
 """
 
 
@@ -110,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_broker_options(train)
     add_debug(train)
     _add_log_command(commands)
+    add_audit(commands)
     arguments = parser.parse_args(argv)
-    command = _train if arguments.command == "train" else _inspect
+    command = {"train": _train, "log": _inspect, "audit": audit}[arguments.command]
     return run(lambda: command(arguments), debug=getattr(arguments, "debug", False))
 
 

@@ -1,0 +1,125 @@
+"""What an audit says: one JSON object for programs, one table for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from edge_sdk.version import __version__
+from server_sdk.audit.trial import Outcome, Trained, worst_of
+from server_sdk.errors import ServerError
+
+__all__ = ["Finding", "compose", "print_table", "write"]
+
+_ACCURACY = ("accuracy", "streams", "guide_accuracy", "guide_agreement", "follow_when_wrong", "samples")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one seed found.
+
+    Attributes:
+        seed: of training and attacks.
+        trained: device and server.
+        floor: the foe that sees decisions alone.
+        outcomes: of the attacks.
+    """
+
+    seed: int
+    trained: Trained
+    floor: Outcome
+    outcomes: Sequence[Outcome]
+
+    def as_fields(self) -> dict[str, Any]:
+        """As JSON values; excess is the worst attack's above the floor."""
+        worst = worst_of(self.outcomes)
+        figures = self.trained.figures
+        evaluation = figures["evaluation"]
+        return {
+            "seed": self.seed,
+            "perturbed": {name: evaluation[name] for name in _ACCURACY if name in evaluation},
+            "clean_accuracy": figures.get("clean", {}).get("accuracy"),
+            "bytes_per_sample": figures["bytes_per_sample"],
+            "floor": self.floor.as_fields(),
+            "attacks": {each.attack: each.as_fields() for each in self.outcomes},
+            "worst_attack": worst.attack,
+            "excess": worst.excess,
+        }
+
+
+def compose(findings: Sequence[Finding], *, data: str, command: str) -> dict[str, Any]:
+    """One object for all seeds, with the means of what is compared between defences."""
+    manifest = findings[0].trained.victim.bundle.manifest
+    seeds = [finding.as_fields() for finding in findings]
+    excess = {name: _mean([seed["excess"][name] for seed in seeds]) for name in seeds[0]["excess"]}
+    return {
+        "bundle": findings[0].trained.victim.bundle.id,
+        "profile": manifest.profile,
+        "data": data,
+        "command": command,
+        "versions": {"psgl": __version__},
+        "mean": {
+            "accuracy": _mean([seed["perturbed"]["accuracy"] for seed in seeds]),
+            "clean_accuracy": _mean([seed["clean_accuracy"] for seed in seeds]),
+            "excess": excess,
+        },
+        "seeds": seeds,
+    }
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write the report.
+
+    Raises:
+        ServerError: the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as exc:
+        raise ServerError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+
+
+def print_table(report: dict[str, Any], console: Console) -> None:
+    """Print a table for each seed, and what it comes to."""
+    for seed in report["seeds"]:
+        title = f"{report['profile']} on {report['data']}, seed {seed['seed']}: reconstructions compared with x"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("what the foe has", no_wrap=True)
+        for heading in ("victims", "SSIM", "PSNR", "corr.", "NMSE", "recognised"):
+            table.add_column(heading, justify="right")
+        for name, row in (("the decision", seed["floor"]), *seed["attacks"].items()):
+            ssim = "-" if row["ssim"] is None else f"{row['ssim']:.3f}"
+            values = (f"{row['psnr']:.1f} dB", f"{row['correlation']:.3f}", f"{row['nmse']:.3f}")
+            style = "bold red" if name == seed["worst_attack"] else None
+            table.add_row(name, str(row["victims"]), ssim, *values, f"{row['classified']:.1%}", style=style)
+        console.print(table)
+        perturbed = seed["perturbed"]
+        line = f"accuracy {perturbed['accuracy']:.1%}"
+        if seed["clean_accuracy"] is not None:
+            line += (
+                f", unperturbed inputs {seed['clean_accuracy']:.1%}; agrees with the guide in "
+                f"{perturbed['guide_agreement']:.1%}, repeats its mistakes in {perturbed['follow_when_wrong']:.1%}"
+            )
+        console.print(f"{line}; {seed['bytes_per_sample']:,.0f} bytes a sample", highlight=False)
+    excess = report["mean"]["excess"]
+    above = "correlation" if excess["ssim"] is None else "SSIM"
+    shown = excess["correlation"] if excess["ssim"] is None else excess["ssim"]
+    console.print(
+        f"The worst attack shows {shown:+.3f} {above} more than the decision alone tells "
+        f"(mean of {len(report['seeds'])} seeds).",
+        highlight=False,
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if len(numbers) == len(values) else None

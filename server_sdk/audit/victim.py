@@ -1,0 +1,87 @@
+"""What is attacked: the device's own graphs with the defence on, as whoever reads the wire meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdk.batch import as_batch
+from edge_sdk.bundle import Bundle
+from edge_sdk.codec import compress, expand
+from edge_sdk.front import Forward, Front, FrontState
+from server_sdk.errors import ModelError
+
+__all__ = ["Victim"]
+
+Array = npt.NDArray[np.float32]
+
+
+class Victim:
+    """A device that can be asked at will; the foe knows bundle and front, and so can ask a device of its own.
+
+    Args:
+        bundle: of the device.
+        front: its tensors, trained or as shipped.
+        codec: of the activations on the wire, ``float32`` or ``float16``.
+
+    Raises:
+        BundleError: this onnxruntime cannot run the bundle.
+        ModelError: a front that is not the bundle's.
+    """
+
+    def __init__(self, bundle: Bundle, front: FrontState, *, codec: str = "float16") -> None:
+        shapes = {name: tensor.shape for name, tensor in front.tensors.items()}
+        if shapes != {name: tensor.shape for name, tensor in bundle.initial.items()}:
+            raise ModelError("the front is not of this bundle: audit a front with the bundle that it was trained from")
+        self._bundle = bundle
+        self._front = Front(bundle)
+        self._state = front
+        self._codec = codec
+
+    @property
+    def bundle(self) -> Bundle:
+        """The device's bundle."""
+        return self._bundle
+
+    def send(self, x: npt.NDArray[np.generic], *, epsilon: float | None = None) -> Array:
+        """The activations that the server decodes when the device asks for decisions on these samples.
+
+        Args:
+            x: (N, *input_shape), as ``as_batch`` takes it, N at least 1.
+            epsilon: in place of the bundle's budget; 0 leaves the perturbation out.
+
+        Returns:
+            float32 (N, *cut_shape).
+
+        Raises:
+            BatchError: samples that the bundle does not take.
+        """
+        parts = []
+        for forward in self._forward(x, epsilon):
+            sent, scale = compress(forward.activations, self._codec)
+            parts.append(expand("activations", sent, scale))
+        return np.concatenate(parts)
+
+    def perturb(self, x: npt.NDArray[np.generic]) -> tuple[Array, Array]:
+        """What the device makes of its inputs before the front.
+
+        Args:
+            x: as in ``send``.
+
+        Returns:
+            The attacked inputs and the normalised maps, float32 (N, *input_shape); zeros where the profile has none.
+
+        Raises:
+            BatchError: samples that the bundle does not take.
+        """
+        done = [(each.perturbed, each.map) for each in self._forward(x, None)]
+        moved = [np.zeros_like(perturbed) if made is None else made for perturbed, made in done]
+        return np.concatenate([perturbed for perturbed, _ in done]), np.concatenate(moved)
+
+    def _forward(self, x: npt.NDArray[np.generic], epsilon: float | None) -> Iterator[Forward]:
+        manifest = self._bundle.manifest
+        for start in range(0, len(x), manifest.max_batch):
+            batch = as_batch(x[start : start + manifest.max_batch], manifest.input_shape, max_batch=manifest.max_batch)
+            yield self._front.forward(self._state, batch, None, training=False, epsilon=epsilon)
