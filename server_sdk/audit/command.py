@@ -7,22 +7,25 @@ import os
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.batch import load_dataset
+from edge_sdk.batch import as_batch, load_dataset
 from edge_sdk.bundle import load_bundle
 from edge_sdk.console import add_debug, require
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from server_sdk.audit.attacks import Attack, Progress
 
 __all__ = ["add_audit", "audit"]
 
 _EXAMPLES = """\
-  psgl-server audit net.psgl --data mnist_10k.npz --seeds 3
+  psgl-server audit net.psgl --data x.npz --beside vanilla.psgl --seeds 3
   psgl-server audit net.psgl --data x.npz --rounds 100 --epochs 5 --json      (a quick look)
 """
 
@@ -40,6 +43,14 @@ def add_audit(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", type=Path, help="bundle made by psgl-export build, the back's weights beside it")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="BUNDLE",
+        help="audit this one too and show both side by side, for instance an undefended one (may be repeated)",
+    )
     parser.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
     parser.add_argument("--rounds", type=int, default=360, help="of the training (default %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="samples of a round (default %(default)s)")
@@ -57,7 +68,10 @@ def add_audit(commands: Any) -> None:
     parser.add_argument("--threads", type=int, help="of torch (default: every core)")
     parser.add_argument("--compute", choices=("cpu", "cuda"), default="cpu", help="of attacks (default %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/audit"), help="folder of audit.json and logs (default %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("runs/audit"),
+        help="folder of audit.html, audit.json and logs (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     add_debug(parser)
@@ -65,26 +79,29 @@ def add_audit(commands: Any) -> None:
 
 def audit(arguments: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    require("audit", "torch", "safetensors", "rich", "torchmetrics")
+    require("audit", "torch", "safetensors", "rich", "torchmetrics", "jinja2", "PIL")
     for option in ("rounds", "batch", "epochs", "width", "steps", "seeds", "threads"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option} must be at least 1")
-    bundle = load_bundle(arguments.bundle)
+    paths = [arguments.bundle, *arguments.beside]
     dataset = load_dataset(arguments.data)
-    if dataset.input_shape != bundle.manifest.input_shape or dataset.classes != len(bundle.manifest.classes):
-        raise ConfigError(
-            f"{arguments.data} has {dataset.classes} classes of {dataset.input_shape}, the bundle "
-            f"{len(bundle.manifest.classes)} of {bundle.manifest.input_shape}: use the data it was exported for"
-        )
-    if arguments.batch > bundle.manifest.max_batch:
-        raise ConfigError(f"--batch is at most {bundle.manifest.max_batch} for this bundle")
+    for path in paths:
+        manifest = load_bundle(path).manifest
+        if dataset.input_shape != manifest.input_shape or dataset.classes != len(manifest.classes):
+            raise ConfigError(
+                f"{arguments.data} has {dataset.classes} classes of {dataset.input_shape}, {path} "
+                f"{len(manifest.classes)} of {manifest.input_shape}: use the data it was exported for"
+            )
+        if arguments.batch > manifest.max_batch:
+            raise ConfigError(f"--batch is at most {manifest.max_batch} for {path}")
     # torch takes seconds to import: only once the options are known to be good.
     import torch
     from rich.console import Console
 
     from server_sdk.audit.attacks import LearnedDecoder, WhiteBox
     from server_sdk.audit.division import divide
+    from server_sdk.audit.page import render, rows_of, write_page
     from server_sdk.audit.report import Finding, compose, print_table, write
     from server_sdk.audit.trial import Trial, attack, train
     from server_sdk.broker import EmbeddedBroker
@@ -99,35 +116,49 @@ def audit(arguments: argparse.Namespace) -> int:
         WhiteBox(arguments.steps),
     ]
     status = Console(stderr=True)
-    findings = []
-    for seed in range(arguments.seeds):
-        division = divide(dataset, foe=arguments.foe, seed=seed)
-        folder: Path = arguments.out / f"seed-{seed}"
-        shutil.rmtree(folder, ignore_errors=True)
-        trial = Trial(arguments.bundle, folder, arguments.rounds, arguments.batch, seed)
-        with status.status(f"seed {seed}: training on {len(division.train)} samples") as shown:
-
-            def on_event(event: dict[str, Any], seed: int = seed) -> None:
-                if event["event"] == "round":
-                    shown.update(f"seed {seed}: training, round {event['round']} of {event['rounds']}")
-
-            with EmbeddedBroker("auto") as broker:
-                trained = train(trial, division, broker, on_event=on_event)
-
-            def progress(name: str, seed: int = seed) -> Progress:
-                def note(done: int, of: int, loss: float) -> None:
-                    shown.update(f"seed {seed}: {name}, {done} of {of}, loss {loss:.4f}")
-
-                return note
-
-            floor, outcomes = attack(trained, division, attacks, seed=seed, progress=progress)
-        findings.append(Finding(seed, trained, floor, outcomes))
+    divisions = [divide(dataset, foe=arguments.foe, seed=seed) for seed in range(arguments.seeds)]
+    findings: list[list[Finding]] = []
+    for number, path in enumerate(paths):
+        findings.append([])
+        for seed, division in enumerate(divisions):
+            folder: Path = arguments.out / f"{path.stem}-{number}-seed-{seed}"
+            shutil.rmtree(folder, ignore_errors=True)
+            what = f"{path.name}, seed {seed}"
+            with status.status(f"{what}: training on {len(division.train)} samples") as shown:
+                note = _Note(shown, what)
+                with EmbeddedBroker("auto") as broker:
+                    trial = Trial(path, folder, arguments.rounds, arguments.batch, seed)
+                    trained = train(trial, division, broker, on_event=note.event)
+                floor, outcomes = attack(trained, division, attacks, seed=seed, progress=note.progress)
+            findings[-1].append(Finding(seed, trained, floor, outcomes))
     report = compose(findings, data=arguments.data.stem, command=shlex.join(["psgl-server", *sys.argv[1:]]))
-    path = arguments.out / "audit.json"
-    write(path, report)
+    write(arguments.out / "audit.json", report)
+    victims = divisions[0].victims
+    x = as_batch(victims.x, dataset.input_shape, max_batch=len(victims))
+    write_page(arguments.out / "audit.html", render(report, rows_of(x, victims.y, findings)))
     if arguments.json:
-        print(path.read_text(), end="")
+        print((arguments.out / "audit.json").read_text(), end="")
     else:
         print_table(report, Console())
-        print(f"figures  {path}")
+        print(f"report   {arguments.out / 'audit.html'}\nfigures  {arguments.out / 'audit.json'}")
     return 0
+
+
+class _Note:
+    """Progress of one bundle and seed on the terminal."""
+
+    def __init__(self, shown: Status, what: str) -> None:
+        self._shown = shown
+        self._what = what
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Of the fleet."""
+        if event["event"] == "round":
+            self._write("training", event["round"], event["rounds"], event["loss"])
+
+    def progress(self, name: str) -> Progress:
+        """For the attack of this name."""
+        return partial(self._write, name)
+
+    def _write(self, name: str, done: int, of: int, loss: float) -> None:
+        self._shown.update(f"{self._what}: {name}, {done} of {of}, loss {loss:.4f}")

@@ -26,27 +26,28 @@ def data(tmp_path_factory: pytest.TempPathFactory, samples: Callable[[int, int],
     return path
 
 
-@pytest.mark.parametrize("profile", ["vanilla", "paper"])
-def test_an_audit(profile: str, built: dict[str, Any], data: Path, tmp_path: Path) -> None:
+def test_an_audit(built: dict[str, Any], data: Path, tmp_path: Path) -> None:
     short = ("--rounds", 20, "--epochs", 20, "--width", 16, "--steps", 60, "--threads", 1)
-    done = run_audit(built[profile].path, "--data", data, "--out", tmp_path / "out", *short)
+    bundles = (built["paper"].path, "--beside", built["vanilla"].path)
+    done = run_audit(*bundles, "--data", data, "--out", tmp_path / "out", *short)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert report["bundle"] == built[profile].bundle.id
-    (seed,) = report["seeds"]
-    assert set(seed["attacks"]) == {"decoder_convolution", "decoder_mlp", "white_box"}
-    worst = seed["attacks"][seed["worst_attack"]]
-    assert seed["excess"] == worst["excess"]
-    assert worst["excess"]["ssim"] == max(each["excess"]["ssim"] for each in seed["attacks"].values())
-    whole = seed["attacks"]["decoder_mlp"]
-    assert whole["victims"] == 90 and seed["attacks"]["white_box"]["victims"] == 64
-    assert whole["excess"]["ssim"] == pytest.approx(whole["ssim"] - seed["floor"]["ssim"])
-    assert report["mean"]["excess"]["ssim"] > 0.05, "neither profile hides its inputs from this foe"
-    assert worst["nmse"] < 0.7 * seed["floor"]["nmse"]
-    assert seed["perturbed"]["samples"] == 90
-    assert (seed["clean_accuracy"] is None) == (profile == "vanilla")
-    assert "the decision  " in done.stdout
-    assert f"{report['mean']['excess']['ssim']:+.3f} SSIM" in " ".join(done.stdout.split())
+    (beside,) = report["beside"]
+    for audited, profile in ((report, "paper"), (beside, "vanilla")):
+        assert (audited["bundle"], audited["profile"]) == (built[profile].bundle.id, profile)
+        (seed,) = audited["seeds"]
+        assert set(seed["attacks"]) == {"decoder_convolution", "decoder_mlp", "white_box"}
+        worst, whole = seed["attacks"][seed["worst_attack"]], seed["attacks"]["decoder_mlp"]
+        assert seed["excess"] == worst["excess"]
+        assert worst["excess"]["ssim"] == max(each["excess"]["ssim"] for each in seed["attacks"].values())
+        assert whole["victims"] == 90 and seed["attacks"]["white_box"]["victims"] == 64
+        assert whole["excess"]["ssim"] == pytest.approx(whole["ssim"] - seed["floor"]["ssim"])
+        assert audited["mean"]["excess"]["ssim"] > 0.05, "neither profile hides its inputs from this foe"
+        assert worst["nmse"] < 0.7 * seed["floor"]["nmse"]
+        assert seed["perturbed"]["samples"] == 90
+        assert (seed["clean_accuracy"] is None) == (profile == "vanilla")
+        assert f"{audited['mean']['excess']['ssim']:+.3f} SSIM" in " ".join(done.stdout.split())
+    assert "can rebuild its inputs" in (tmp_path / "out" / "audit.html").read_text()
 
 
 def test_what_cannot_be_audited_is_said_in_one_line(built: dict[str, Any], data: Path, tmp_path: Path) -> None:
