@@ -31,7 +31,7 @@ from export.build import BuildOptions, build_bundle, class_names, prepare_guide
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.child import Child
 from server_sdk.errors import ServerError
-from server_sdk.training_run import TrainingPlan
+from server_sdk.plan import TrainingPlan
 
 __all__ = ["main"]
 

@@ -26,8 +26,9 @@ from edge_sdk.front import Forward, Front, FrontState
 from edge_sdk.wire import Assembler, Message, decode_frame
 from server_sdk.assembly import back_path, trainer_from
 from server_sdk.errors import CheckpointError
+from server_sdk.plan import TrainingPlan
 from server_sdk.segments import Damage, Place, Record, scan
-from server_sdk.training_run import Outgoing, TrainingPlan, TrainingRun
+from server_sdk.training_run import Outgoing, TrainingRun
 
 __all__ = ["Verdict", "check"]
 

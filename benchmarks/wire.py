@@ -31,8 +31,8 @@ import numpy.typing as npt
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
+from benchmarks.echo_service import BUNDLE, CHUNK_BYTES, CUT, EchoService
 from benchmarks.figures import options, print_figures, ratio
-from edge_sdk import topics
 from edge_sdk.errors import OutboxFullError
 from edge_sdk.exchange import Exchange
 from edge_sdk.front import FrontState
@@ -40,25 +40,17 @@ from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.sqlite_state import SqliteState
 from edge_sdk.state import MemoryState, OutboxLimits, OutboxStep, State
-from edge_sdk.transport import Connection, Transport
-from edge_sdk.wire import VERSION, Message, encode
-from server_sdk.activations import ActivationStore
+from edge_sdk.transport import Connection
+from edge_sdk.wire import Message, encode
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.child import Child
-from server_sdk.inbox import Arrival, Inbox
 from server_sdk.log import Log
-from server_sdk.rates import RateLimits, Rates
-from server_sdk.replies import Replies
 
-__all__ = ["EchoService", "main"]
+__all__ = ["main"]
 
-_CUT = (10, 25)  # 1000 bytes of one sample's activations
 _INPUT = (1, 256)
-_MAX_BATCH = 256
-_CHUNK = 65536
 _IN_FLIGHT = 20
 _TIMEOUT_S = 30.0
-_BUNDLE = "echo"
 _HOST = "127.0.0.1"
 _ECHO, _COUNT = "up/echo", "up/count"
 _T = TypeVar("_T")
@@ -83,7 +75,7 @@ def main() -> int:
                 samples[f"rtt_{name}_ms.{which}"] = [1000 * median(block) for block in blocks]
                 samples[f"rtt_{name}_mean_ms.{which}"] = [1000 * fmean(block) for block in blocks]
         speeds = {which: partial(link.stream, 256, steps) for which, link in links.items()}
-        speeds["chunked_64k"] = partial(links["whole"].stream, 256, steps, _CHUNK)
+        speeds["chunked_64k"] = partial(links["whole"].stream, 256, steps, CHUNK_BYTES)
         for which, rates in _in_turns(speeds, streams).items():
             samples[f"throughput_256k_mb_s.{which}"] = rates
     figures = {
@@ -107,94 +99,6 @@ def main() -> int:
     return 0
 
 
-class EchoService:
-    """The stations of ``server_sdk.service`` in its order; a step's gradient is its activations.
-
-    Args:
-        transport: opened here, closed by the caller.
-        fleet: name of the fleet.
-        log: where steps are written before they are answered, or None.
-        chunk_bytes: of the replies.
-    """
-
-    def __init__(self, transport: Transport, fleet: str, log: Log | None, *, chunk_bytes: int = _CHUNK) -> None:
-        self._transport = transport
-        self._fleet = fleet
-        self._log = log
-        self._chunk_bytes = chunk_bytes
-        self._round = 0
-        # No rate limit: the default one is a policy and would hide what is measured.
-        rates = Rates(RateLimits(messages_per_s=1e9, bytes_per_s=1e12))
-        self._inbox = Inbox(fleet, "run", _CUT, classes=10, max_batch=_MAX_BATCH, rates=rates)
-        self._replies = Replies()
-        self._store = ActivationStore(0, 64, "equal")
-
-    def open(self) -> None:
-        """Connect, announce the run and listen."""
-        self._transport.open(None)
-        fields = {
-            "bundle": _BUNDLE,
-            "status": "training",
-            "rounds": 1 << 30,
-            "evaluate_every": 0,
-            "batch": _MAX_BATCH,
-            "speaks": [VERSION],
-        }
-        self._publish(topics.down_model(self._fleet), self._encode("model", "", 0, fields, {}), retain=True)
-        self._transport.subscribe(topics.every_step(self._fleet))
-        self._transport.subscribe(topics.every_state(self._fleet))
-
-    def serve(self, timeout_s: float) -> None:
-        """Take one message of a device, waiting at most this long, and answer it."""
-        received = self._transport.receive(timeout_s)
-        if received is None:
-            return
-        arrival = self._inbox.take(received)
-        waiting = self._step(arrival) if isinstance(arrival, Arrival) and arrival.message.kind != "state" else False
-        if waiting and isinstance(arrival, Arrival):
-            self._train(arrival)
-        received.acknowledge()
-
-    def _step(self, arrival: Arrival) -> bool:
-        """Write a new step, answer stored samples; True for a step that waits to be trained."""
-        message, topic = arrival.message, topics.down_step(self._fleet, arrival.device)
-        known = self._replies.find(arrival.key)
-        if known is not None or self._store.holds(arrival.key) or self._replies.is_old(arrival.key):
-            self._publish(topic, known or ())
-            return False
-        place = None
-        if self._log is not None:
-            device, session, step = arrival.key
-            fields = {"device": device, "kind": message.kind, "session": session, "step": step}
-            place = self._log.append("step", fields, arrival.body)
-        if message.kind != "store":
-            return True
-        if place is not None:
-            self._store.add(arrival.device, message, arrival.body, place)
-        self._publish(topic, self._encode("stored", *arrival.key[1:], {"samples": len(self._store)}, {}))
-        return False
-
-    def _train(self, arrival: Arrival) -> None:
-        """A round of one device: a record, and the reply, which is kept."""
-        if self._log is not None:
-            self._log.append("round", {"steps": [list(arrival.key)], "absent": []})
-        self._round += 1
-        fields = {"front": arrival.message.fields["front"], "rate": 1.0, "loss": 0.0, "round": self._round}
-        gradient = {"gradient": arrival.message.tensors["activations"]}
-        frames = self._encode("gradient", *arrival.key[1:], fields, gradient)
-        self._replies.keep(arrival.key, frames)
-        self._publish(topics.down_step(self._fleet, arrival.device), frames)
-
-    def _encode(
-        self, kind: str, session: str, step: int, fields: Mapping[str, Any], tensors: Mapping[str, Any]
-    ) -> tuple[bytes, ...]:
-        return tuple(encode(Message(kind, "run", session, step, fields, tensors), chunk_bytes=self._chunk_bytes))
-
-    def _publish(self, topic: str, frames: tuple[bytes, ...], *, retain: bool = False) -> None:
-        for frame in frames:
-            self._transport.publish(topic, frame, retain=retain)
-
-
 class _Link(ABC):
     """One way to the other side."""
 
@@ -207,7 +111,7 @@ class _Link(ABC):
             times.append(time.perf_counter() - began)
         return times
 
-    def stream(self, samples: int, repeats: int, chunk_bytes: int = 4 * _CHUNK) -> float:
+    def stream(self, samples: int, repeats: int, chunk_bytes: int = 4 * CHUNK_BYTES) -> float:
         """MB/s (10^6) of messages of so many samples, 20 in flight, until the other side has them all."""
         tensors = _tensors(samples)
         began = time.perf_counter()
@@ -314,7 +218,7 @@ class _Device(_Link):
             fleet=fleet,
             device=name,
             session=state.session,
-            bundle=_BUNDLE,
+            bundle=BUNDLE,
             resend_s=5.0,
             give_up_s=_TIMEOUT_S,
         )
@@ -351,7 +255,7 @@ class _Device(_Link):
 
     def _train(self, tensors: Mapping[str, npt.NDArray[Any]], x: npt.NDArray[np.float32]) -> None:
         before = self._state.front
-        outbox = self._outbox("train", {"front": before.version, "samples": len(x)}, tensors, _CHUNK, x)
+        outbox = self._outbox("train", {"front": before.version, "samples": len(x)}, tensors, CHUNK_BYTES, x)
         self._state.begin(outbox, {"batches": self._steps + 1})
         message = self._exchange.ask(outbox).message
         if message.tensors["gradient"].shape != tensors["activations"].shape:
@@ -411,12 +315,12 @@ def _state(folder: Path, fleet: str, name: str, *, kept: bool) -> State:
     if not kept:
         return MemoryState(front, limits)
     path = folder / f"{name}.sqlite"
-    return SqliteState(path, front, bundle=_BUNDLE, fleet=fleet, device=name, limits=limits, on_note=print)
+    return SqliteState(path, front, bundle=BUNDLE, fleet=fleet, device=name, limits=limits, on_note=print)
 
 
 def _tensors(samples: int) -> dict[str, npt.NDArray[Any]]:
     generator = np.random.default_rng(samples)
-    activations = generator.standard_normal((samples, *_CUT)).astype(np.float32)
+    activations = generator.standard_normal((samples, *CUT)).astype(np.float32)
     return {"activations": activations, "labels": generator.integers(0, 10, samples)}
 
 

@@ -255,11 +255,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from server_sdk.assembly import back_path, trainer_from
     from server_sdk.journal import Durability, Journal
+    from server_sdk.plan import TrainingPlan
     from server_sdk.progress import RunDisplay, megabytes
     from server_sdk.rates import RateLimits
     from server_sdk.screening import Screen
     from server_sdk.service import TrainingService
-    from server_sdk.training_run import TrainingPlan
 
     keep_freed_memory(1 << 30)
     torch.set_num_threads(arguments.threads)

@@ -20,13 +20,14 @@ from edge_sdk.wire import VERSION, Message, encode
 from server_sdk.errors import CheckpointError, LogError, ServerError
 from server_sdk.inbox import Arrival, Flood, Gap, Inbox, Refusal
 from server_sdk.journal import Durability, Journal
+from server_sdk.plan import TrainingPlan
 from server_sdk.quarantine import Quarantine
 from server_sdk.rates import RateLimits, Rates
 from server_sdk.roster import Roster
 from server_sdk.schedule import Schedule
 from server_sdk.screening import Screen
 from server_sdk.trainer import Trainer
-from server_sdk.training_run import Outgoing, Trained, TrainingPlan, TrainingRun
+from server_sdk.training_run import Outgoing, Trained, TrainingRun
 
 __all__ = ["TrainingService"]
 

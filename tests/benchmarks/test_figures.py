@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.echo_service import EchoService
 from benchmarks.figures import print_figures, ratio
-from benchmarks.wire import EchoService
 from edge_sdk import topics
 from edge_sdk.exchange import Exchange
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport

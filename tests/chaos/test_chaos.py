@@ -25,8 +25,8 @@ from server_sdk.assembly import back_path, trainer_from
 from server_sdk.broker import find_mosquitto
 from server_sdk.journal import Durability, Journal
 from server_sdk.log import Log
+from server_sdk.plan import TrainingPlan
 from server_sdk.service import TrainingService
-from server_sdk.training_run import TrainingPlan
 
 ROOT = Path(__file__).parents[2]
 Draw = Callable[[int, int], Samples]

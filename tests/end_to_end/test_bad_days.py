@@ -32,10 +32,10 @@ from edge_sdk.wire import Assembler, Limits, Message, decode_frame
 from server_sdk.checkpoint import Checkpoint, Checkpoints
 from server_sdk.errors import CheckpointError
 from server_sdk.journal import Durability, Journal
+from server_sdk.plan import TrainingPlan
 from server_sdk.screening import Screen
 from server_sdk.segments import Damage, Record, scan
 from server_sdk.service import TrainingService
-from server_sdk.training_run import TrainingPlan
 
 Draw = Callable[[int, int], Samples]
 Event = dict[str, Any]

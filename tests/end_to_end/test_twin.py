@@ -15,13 +15,13 @@ from edge_sdk.batch import Samples, as_batch, batches
 from edge_sdk.client import EdgeClient
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
+from server_sdk.plan import TrainingPlan
 from server_sdk.reference.guide import Guide
 from server_sdk.reference.perturbation import front_input, perturb
 from server_sdk.reference.profiles import ServerPart
 from server_sdk.reference.specification import build
 from server_sdk.reference.split import split
 from server_sdk.service import TrainingService
-from server_sdk.training_run import TrainingPlan
 
 Draw = Callable[[int, int], Samples]
 ROUNDS, BATCH = 20, 12

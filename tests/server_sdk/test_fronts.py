@@ -17,9 +17,9 @@ from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
 from server_sdk.fronts import mean_front, next_holder, share_of
 from server_sdk.journal import Durability, Journal
+from server_sdk.plan import TrainingPlan
 from server_sdk.segments import scan
 from server_sdk.service import TrainingService
-from server_sdk.training_run import TrainingPlan
 
 Draw = Callable[[int, int], Samples]
 

@@ -21,9 +21,10 @@ from edge_sdk.wire import Message
 from server_sdk.errors import CheckpointError, LogError
 from server_sdk.journal import Durability, Journal
 from server_sdk.log import Log
+from server_sdk.plan import TrainingPlan
 from server_sdk.segments import scan
 from server_sdk.service import TrainingService
-from server_sdk.training_run import Outgoing, TrainingPlan, TrainingRun
+from server_sdk.training_run import Outgoing, TrainingRun
 
 Draw = Callable[[int, int], Samples]
 PLAN = TrainingPlan(devices=2, rounds=8, batch=6)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from edge_sdk.wire import Message
+from server_sdk.plan import TrainingPlan
 from server_sdk.schedule import Gathering, Schedule
-from server_sdk.training_run import TrainingPlan
 
 
 class Clock:

@@ -21,9 +21,9 @@ from edge_sdk.training import follow
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
 from server_sdk.errors import ServerError, TrainingError
 from server_sdk.journal import Durability, Journal
+from server_sdk.plan import TrainingPlan
 from server_sdk.rates import RateLimits
 from server_sdk.service import TrainingService
-from server_sdk.training_run import TrainingPlan
 
 Draw = Callable[[int, int], Samples]
 

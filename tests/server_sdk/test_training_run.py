@@ -17,8 +17,9 @@ from edge_sdk.wire import Assembler, Limits, Message, decode_frame
 from server_sdk.checkpoint import Checkpoint
 from server_sdk.errors import CheckpointError, TrainingError
 from server_sdk.log import Place, Record
+from server_sdk.plan import TrainingPlan
 from server_sdk.screening import Screen
-from server_sdk.training_run import Outgoing, TrainingPlan, TrainingRun
+from server_sdk.training_run import Outgoing, TrainingRun
 
 CUT = (2, 2, 2)
 PLAN = TrainingPlan(devices=2, rounds=6, codec="float32")
