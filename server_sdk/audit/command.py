@@ -155,6 +155,8 @@ class _Note:
         """Of the fleet."""
         if event["event"] == "round":
             self._write("training", event["round"], event["rounds"], event["loss"])
+        elif event["event"] == "note":
+            self._shown.console.print(f"note: {event['text']}", highlight=False)
 
     def progress(self, name: str) -> Progress:
         """For the attack of this name."""

@@ -23,7 +23,7 @@ from server_sdk.audit.metrics import Likeness, likeness
 from server_sdk.audit.twin import Twin
 from server_sdk.audit.victim import Victim
 from server_sdk.broker import EmbeddedBroker
-from server_sdk.errors import ServerError
+from server_sdk.errors import ModelError, ServerError
 from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
 from server_sdk.reference.guide import Guide, fit_guide
 from server_sdk.trainer import Trainer
@@ -59,13 +59,13 @@ class Trained:
 
     Attributes:
         victim: the device, defence on.
-        twin: the same, differentiable.
+        twin: the same, differentiable, or None where its model does not allow it.
         server: decides on activations.
         figures: the server's own, with ``evaluation`` (defence on) and ``clean`` (inputs unperturbed).
     """
 
     victim: Victim
-    twin: Twin
+    twin: Twin | None
     server: Trainer
     figures: dict[str, Any]
 
@@ -142,7 +142,12 @@ def train(
     server = trainer_from(bundle, back_path(trial.bundle), rounds=trial.rounds)
     server.load(trial.folder / "server.safetensors")
     victim = Victim(bundle, front, codec=_CODEC)
-    return Trained(victim, Twin(victim, front), server, run.figures)
+    try:
+        twin = Twin(victim, front)
+    except ModelError as exc:
+        on_event({"event": "note", "text": f"no white-box search: {exc}"})
+        twin = None
+    return Trained(victim, twin, server, run.figures)
 
 
 def attack(
@@ -166,10 +171,9 @@ def attack(
 
     Raises:
         ServerError: no decoder for the floor, or no attack that fits.
-        ModelError: the bundle's model has no differentiable twin.
     """
     manifest = trained.victim.bundle.manifest
-    fitting = [each for each in attacks if each.fits(manifest.cut_shape)]
+    fitting = [each for each in attacks if each.fits(manifest.cut_shape, twin=trained.twin is not None)]
     plain = next((each for each in attacks if isinstance(each, LearnedDecoder) and each.kind == "mlp"), None)
     if plain is None or not fitting:
         raise ServerError("an audit needs the mlp decoder: it gives the floor, and fits every cut")

@@ -77,4 +77,4 @@ class Twin:
         for factor in (1, 2):
             if channels == shape[0] * factor ** len(shape[1:]) + self._perturbs:
                 return factor
-        raise ModelError("the front does not begin with a convolution of the input's channels: attack it without twin")
+        raise ModelError("the front does not begin with a convolution of the input's channels")

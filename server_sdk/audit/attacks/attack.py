@@ -57,8 +57,8 @@ class Attack(Protocol):
     def victims(self) -> int | None:
         """How many victims are attacked, the first of them; None: all."""
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether activations of this shape (of one sample) can be attacked so."""
+    def fits(self, shape: tuple[int, ...], *, twin: bool) -> bool:
+        """Whether activations of this shape (of one sample) can be attacked so, with or without a twin."""
 
     def rebuild(self, knowledge: Knowledge, seen: Array, *, seed: int, progress: Progress | None = None) -> Array:
         """Attack.

@@ -51,8 +51,8 @@ class LearnedDecoder:
         """``decoder_convolution`` or ``decoder_mlp``."""
         return f"decoder_{self.kind}"
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether activations of this shape (of one sample) can be attacked so."""
+    def fits(self, shape: tuple[int, ...], *, twin: bool = False) -> bool:
+        """Convolutions need spatial axes, an MLP takes anything. See ``Attack.fits``."""
         return self.kind == "mlp" or len(shape) > 1
 
     def rebuild(self, knowledge: Knowledge, seen: Array, *, seed: int, progress: Progress | None = None) -> Array:

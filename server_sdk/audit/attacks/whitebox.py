@@ -43,9 +43,9 @@ class WhiteBox:
         """``white_box``."""
         return "white_box"
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Any activations can be searched for."""
-        return True
+    def fits(self, shape: tuple[int, ...], *, twin: bool) -> bool:
+        """Any activations that have a gradient can be searched for."""
+        return twin
 
     def rebuild(self, knowledge: Knowledge, seen: Array, *, seed: int, progress: Progress | None = None) -> Array:
         """Search from the mean of the foe's samples. See ``Attack.rebuild``."""

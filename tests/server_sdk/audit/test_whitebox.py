@@ -90,3 +90,8 @@ def test_a_front_of_another_model_is_refused(built: dict[str, Any]) -> None:
     other = {name: value + 0.5 if name.startswith("p.") else value for name, value in front.tensors.items()}
     with pytest.raises(ModelError, match="does not compute"):
         Twin(victim, FrontState(0, other))
+
+
+def test_there_is_no_search_without_a_gradient() -> None:
+    assert WhiteBox().fits((32,), twin=True)
+    assert not WhiteBox().fits((32,), twin=False)
