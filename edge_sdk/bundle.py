@@ -61,6 +61,7 @@ class Manifest:
         epsilon: L-infinity budget of the perturbation, in units of the input's range.
         perturb_towards: ``guide``: the guide's own decision says which class the perturbation attacks, in training as
             at test; ``label``: the true label does, where the device has it.
+        noise: standard deviation of the Gaussian noise that the device adds to its activations, 0 for none.
         max_batch: largest number of samples in one step.
         server: what only the server needs (model reference, streams, hash of the back's weights).
         versions: of the tools that made it.
@@ -75,6 +76,7 @@ class Manifest:
     normalisation: str | None = None
     epsilon: float = 0.0
     perturb_towards: str = "guide"
+    noise: float = 0.0
     max_batch: int = 256
     server: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -265,6 +267,7 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
             normalisation=None if document["normalisation"] is None else _text(document["normalisation"]),
             epsilon=_number(document["epsilon"]),
             perturb_towards=_text(document["perturb_towards"]),
+            noise=_number(document["noise"]),
             max_batch=_count(document["max_batch"]),
             server=_map(document["server"]),
             versions=_map(document["versions"]),

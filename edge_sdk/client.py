@@ -99,8 +99,8 @@ class EdgeClient:
     ) -> None:
         self._bundle = bundle
         self._device = device
-        self._front = Front(bundle, threads=threads)
-        self._state: State = MemoryState(self._front.initial_state()) if state is None else state
+        self._state: State = MemoryState(FrontState(0, dict(bundle.initial))) if state is None else state
+        self._front = Front(bundle, threads=threads, noise_key=self._state.noise_key)
         self._codec = codec
         self._chunk_bytes = chunk_bytes
         self._exchange = Exchange(

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import BatchError, BundleError
+from edge_sdk.errors import BatchError, BundleError, ConfigError
+from edge_sdk.noise import draw_noise
 
 __all__ = ["Forward", "Front", "FrontState"]
 
@@ -68,13 +69,18 @@ class Front:
     Args:
         bundle: a checked bundle.
         threads: threads of onnxruntime in one graph.
+        noise_key: 32 secret bytes (``State.noise_key``), from which a bundle with noise draws it.
 
     Raises:
         BundleError: this onnxruntime cannot run a graph of the bundle.
+        ConfigError: a bundle with noise and no key.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 1, noise_key: bytes | None = None) -> None:
         self._bundle = bundle
+        if bundle.manifest.noise and noise_key is None:
+            raise ConfigError("the bundle adds noise to its activations: give a noise_key, kept secret on the device")
+        self._noise_key = noise_key
         self._options = ort.SessionOptions()
         self._options.intra_op_num_threads = threads
         self._options.inter_op_num_threads = 1
@@ -107,8 +113,9 @@ class Front:
         *,
         training: bool,
         epsilon: float | None = None,
+        noise: float | None = None,
     ) -> Forward:
-        """Perturb a batch and run the front layers.
+        """Perturb a batch, run the front layers and add the noise.
 
         Args:
             state: parameters and statistics to use.
@@ -116,6 +123,7 @@ class Front:
             labels: int64 (N,), or None: the guide's own decision takes their place.
             training: BatchNorm uses the batch's statistics (True) or the running ones (False).
             epsilon: L-infinity budget in place of the bundle's; 0 switches the perturbation off.
+            noise: standard deviation in place of the bundle's; 0 switches the noise off.
 
         Raises:
             BatchError: onnxruntime refused the batch.
@@ -126,6 +134,8 @@ class Front:
             "label": np.full(len(x), -1, np.int64) if labels is None else labels,
             "epsilon": np.array(strength, np.float32),
         }
+        if self._bundle.manifest.noise:
+            given["noise"] = self._noise(state.version, x, self._bundle.manifest.noise if noise is None else noise)
         out = self._run("train" if training else "infer", {**state.tensors, **given})
         kept = {"x": x, **out} if training else {}
         return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"), kept)
@@ -166,6 +176,13 @@ class Front:
         if not all(np.isfinite(value).all() for value in tensors.values()):
             raise BatchError("the step would make the front's parameters infinite: lower the learning rate")
         return FrontState(state.version + 1, tensors)
+
+    def _noise(self, version: int, x: Array, sigma: float) -> Array:
+        shape = self._bundle.manifest.cut_shape
+        if not sigma or self._noise_key is None:
+            return np.zeros((len(x), *shape), np.float32)
+        drawn: Array = np.float32(sigma) * draw_noise(self._noise_key, version, x, shape)
+        return drawn
 
     def _session(self, name: str) -> ort.InferenceSession:
         try:

@@ -27,6 +27,7 @@ from edge_sdk.codec import pack_tensors, unpack_tensors
 from edge_sdk.errors import ConfigError, StateError, WireError
 from edge_sdk.front import FrontState
 from edge_sdk.limits import DEFAULT_LIMITS
+from edge_sdk.noise import KEY_BYTES
 from edge_sdk.sealing import Sealer
 from edge_sdk.state import OutboxLimits, OutboxStep, room_for
 from edge_sdk.state_file import DamagedError, StateFile, Statement, record, record_map
@@ -101,6 +102,7 @@ class SqliteState:
         self._limits = limits or OutboxLimits()
         self._sealer = None if key is None else Sealer(key)
         self._session = ""
+        self._noise_key = b""
         self._front = front
         self._rows: dict[int, _Row] = {}
         self._sizes: dict[int, int] = {}
@@ -123,6 +125,11 @@ class SqliteState:
     def session(self) -> str:
         """16 hexadecimal digits: one life of this database."""
         return self._session
+
+    @property
+    def noise_key(self) -> bytes:
+        """32 secret bytes, sealed like the outbox. See ``State.noise_key``."""
+        return self._noise_key
 
     @property
     def run(self) -> str:
@@ -236,6 +243,7 @@ class SqliteState:
             on_note(f"the state {path} was damaged ({exc}): it is kept as {kept}, a new one is begun")
         session, packed = secrets.token_hex(8), _pack_front(self._front)
         progress = _Progress(version=self._front.version, front_crc=zlib.crc32(packed))
+        self._noise_key = secrets.token_bytes(KEY_BYTES)
         identity = self._record_of_identity({**owner, "session": session}, scrubbed=True)
         self._file.create(synchronous, identity, record("front", packed), _record_of(progress))
         self._session, self._progress = session, progress
@@ -253,6 +261,7 @@ class SqliteState:
         total = sum(row.crc for row in rows) % 2**32
         if (zlib.crc32(packed), total) != (progress.front_crc, progress.outbox_crc):
             raise DamagedError("parts of different commits")
+        self._noise_key = self._read_noise_key(session, identity["noise_key"], sealed=sealed)
         self._session, self._front, self._progress, self._step = session, front, progress, progress.reserved
         for row in rows:
             self._keep_row(row)
@@ -281,6 +290,16 @@ class SqliteState:
         except StateError as exc:
             raise StateError(f"the state {self._file.path} is sealed with another key: {remedy}") from exc
 
+    def _read_noise_key(self, session: str, kept: bytes, *, sealed: bool) -> bytes:
+        if sealed and self._sealer is not None:
+            try:
+                kept = self._sealer.open(kept, _about(session, "noise"))
+            except StateError as exc:
+                raise DamagedError("seal of the noise key") from exc
+        if len(kept) != KEY_BYTES:
+            raise DamagedError("length of the noise key")
+        return kept
+
     def _read_row(self, session: str, values: tuple[Any, ...], *, sealed: bool) -> _Row:
         position, step, kind, crc, payload = values
         if not isinstance(payload, bytes) or crc != _row_crc(position, step, kind, payload, sealed=sealed):
@@ -301,8 +320,11 @@ class SqliteState:
             del self._rows[step], self._sizes[step]
 
     def _record_of_identity(self, identity: Mapping[str, Any], *, scrubbed: bool) -> Statement:
-        check = b"" if self._sealer is None else self._sealer.seal(_KEY_CHECK, _about(identity["session"], "identity"))
-        return record_map("identity", {**identity, "key_check": check, "scrubbed": scrubbed})
+        check, noise_key = b"", self._noise_key
+        if self._sealer is not None:
+            check = self._sealer.seal(_KEY_CHECK, _about(identity["session"], "identity"))
+            noise_key = self._sealer.seal(noise_key, _about(identity["session"], "noise"))
+        return record_map("identity", {**identity, "key_check": check, "noise_key": noise_key, "scrubbed": scrubbed})
 
     def _seal(self, step: int, payload: bytes) -> bytes:
         return payload if self._sealer is None else self._sealer.seal(payload, _about(self._session, step))

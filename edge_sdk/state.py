@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edge_sdk.errors import ConfigError, OutboxFullError
 from edge_sdk.front import FrontState
+from edge_sdk.noise import KEY_BYTES
 
 __all__ = ["MemoryState", "OutboxLimits", "OutboxStep", "State", "room_for"]
 
@@ -122,6 +123,10 @@ class State(Protocol):
         """16 hexadecimal digits: one life of this state."""
 
     @property
+    def noise_key(self) -> bytes:
+        """32 secret bytes, drawn with the session: what the noise on the activations is drawn from. Never sent."""
+
+    @property
     def run(self) -> str:
         """Id of the training run that outbox, front and counters belong to; empty before the first."""
 
@@ -183,6 +188,7 @@ class MemoryState:
     def __init__(self, front: FrontState, limits: OutboxLimits | None = None) -> None:
         self._limits = limits or OutboxLimits()
         self._session = secrets.token_hex(8)
+        self._noise_key = secrets.token_bytes(KEY_BYTES)
         self._run = ""
         self._front = front
         self._outbox: dict[int, OutboxStep] = {}
@@ -198,6 +204,11 @@ class MemoryState:
     def session(self) -> str:
         """16 hexadecimal digits: one life of this state."""
         return self._session
+
+    @property
+    def noise_key(self) -> bytes:
+        """32 secret bytes. See ``State.noise_key``."""
+        return self._noise_key
 
     @property
     def run(self) -> str:

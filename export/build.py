@@ -37,7 +37,7 @@ class BuildOptions:
     """What to build.
 
     Attributes:
-        profile: ``vanilla`` or ``paper``.
+        profile: ``vanilla``, ``gaussian`` or ``paper``.
         input_shape: (C, H, W) or (C, T) of one sample.
         classes: name of each class, in label order.
         seed: of the initial weights.
@@ -47,6 +47,7 @@ class BuildOptions:
         downsample: 2 moves blocks of two along each spatial axis into channels before the front, 1 leaves the
             grid.
         epsilon: in place of the profile's.
+        noise: standard deviation of the noise on the activations, in place of the profile's.
         perturb_towards: the class that the perturbation attacks in training: the guide's decision, as at
             test, or the true label, which the server then learns to read off the perturbation.
     """
@@ -60,6 +61,7 @@ class BuildOptions:
     model: ModelSpec | None = None
     downsample: int = 2
     epsilon: float | None = None
+    noise: float | None = None
     perturb_towards: Literal["guide", "label"] = "guide"
 
 
@@ -119,6 +121,7 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
     perturbation = profile.perturbation
     if perturbation is not None and options.epsilon is not None:
         perturbation = type(perturbation)(perturbation.normalisation, options.epsilon)
+    noise = profile.noise if options.noise is None else options.noise
     model = options.model or _reference(options, profile)
     front, back = split(build(model, options.seed), model.cut)
     graphs = build_graphs(
@@ -128,8 +131,18 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         perturbation=perturbation,
         downsample=options.downsample,
         optimizer=options.optimizer,
+        noise=noise > 0,
     )
-    worst = check_parity(graphs, front, guide, options.input_shape, perturbation, options.downsample, options.optimizer)
+    worst = check_parity(
+        graphs,
+        front,
+        guide,
+        options.input_shape,
+        perturbation,
+        options.downsample,
+        options.optimizer,
+        noise=noise > 0,
+    )
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
     part = ServerPart(model, options.seed, hashlib.sha256(weights).hexdigest(), profile.streams)
     manifest = Manifest(
@@ -142,6 +155,7 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         normalisation=perturbation.normalisation if perturbation else None,
         epsilon=perturbation.epsilon if perturbation else 0.0,
         perturb_towards=options.perturb_towards,
+        noise=noise,
         max_batch=options.max_batch,
         server=part.as_manifest(),
         versions={"psgl": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}},

@@ -13,6 +13,7 @@ from edge_sdk.errors import ConfigError
 
 __all__ = ["main"]
 
+_MOST_NOISE = 1e3
 _EXAMPLES = """\
   psgl-export build --data guide.npz --profile paper -o net.psgl
   psgl-export build --data guide.npz --profile vanilla -o plain.psgl --seed 3
@@ -32,9 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
-    build.add_argument("--profile", choices=("vanilla", "paper"), default="paper", help="(default %(default)s)")
+    build.add_argument(
+        "--profile", choices=("vanilla", "gaussian", "paper"), default="paper", help="(default %(default)s)"
+    )
     build.add_argument("-o", "--out", type=Path, required=True, help="bundle to write; the back's weights go beside it")
     build.add_argument("--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)")
+    build.add_argument("--noise", type=float, help="standard deviation on the activations (default: the profile's)")
     build.add_argument("--seed", type=int, default=0, help="of guide and initial weights (default %(default)s)")
     add_debug(build)
     arguments = parser.parse_args(argv)
@@ -45,6 +49,8 @@ def _build(arguments: argparse.Namespace) -> int:
     require("export", "torch", "onnx", "onnxscript", "rich")
     if arguments.epsilon is not None and not 0 <= arguments.epsilon <= 1:
         raise ConfigError("--epsilon is 0 to 1, in units of the input's range")
+    if arguments.noise is not None and not 0 <= arguments.noise <= _MOST_NOISE:
+        raise ConfigError(f"--noise is 0 to {_MOST_NOISE:g}")
     if arguments.seed < 0:
         raise ConfigError("--seed must be at least 0")
     dataset = load_dataset(arguments.data)
@@ -65,6 +71,7 @@ def _build(arguments: argparse.Namespace) -> int:
             class_names(dataset.classes),
             seed=arguments.seed,
             epsilon=arguments.epsilon,
+            noise=arguments.noise,
         )
         built = build_bundle(arguments.out, options, guide)
     print(

@@ -37,6 +37,7 @@ class GraphSet:
     Attributes:
         train: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` ``b.*`` to ``activations``
             [``perturbed``, ``map``, ``guide (N, K)``] ``next.b.*`` and ``f.*``, ``r.*``; BatchNorm in training mode.
+            With noise, ``noise (N, *cut)`` is an input too, and is added to the activations.
         prepare: what of the backward pass needs no gradient: ``f.*`` to ``r.*``.
         backward: ``r.*`` ``gradient`` ``rate ()`` ``p.*`` ``s.*`` to ``next.p.*`` and ``next.s.*``.
         infer: as ``train`` up to ``guide``, with BatchNorm in evaluation mode.
@@ -58,6 +59,7 @@ def build_graphs(
     perturbation: Perturbation | None,
     downsample: int,
     optimizer: Optimizer,
+    noise: bool = False,
 ) -> GraphSet:
     """Export a front with its perturbation, its gradient and its optimizer.
 
@@ -68,6 +70,7 @@ def build_graphs(
         input_shape: of one sample, ``(C, H, W)`` or ``(C, T)``.
         perturbation: None for a profile without it.
         downsample: 1 leaves the grid, 2 moves blocks of two along each spatial axis into channels.
+        noise: the graphs take noise and add it to the activations.
 
     Raises:
         ExportError: a layer without a known gradient graph (named), a front or guide that does not take the
@@ -78,7 +81,7 @@ def build_graphs(
     if downsample not in (1, 2):
         raise ExportError(f"downsample is {downsample}: use 1 or 2")
     check_layers(front)
-    builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, optimizer)
+    builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, optimizer, noise)
     graphs = export_graphs(builder, builder.inputs(), builder.plans())
     late = {"gradient", "rate", *(f"s.{name}" for name in builder.state)}
     early, graphs["backward"] = before_inputs(graphs.pop("step"), late, "r.")
@@ -98,8 +101,10 @@ class _Builder:
         perturbation: Perturbation | None,
         downsample: int,
         optimizer: Optimizer,
+        noise: bool,
     ) -> None:
         self.shape = shape
+        self.noise = noise
         self.perturbation = perturbation
         self.downsample = downsample
         self.optimizer = optimizer
@@ -123,6 +128,8 @@ class _Builder:
         if self.guide is not None:
             entries.append(GraphInput("label", torch.full((TRACE_BATCH,), -1), batched=True))
             entries.append(GraphInput("epsilon", torch.tensor(0.1)))
+        if self.noise:
+            entries.append(GraphInput("noise", self._activations_like(example), batched=True))
         entries.append(GraphInput("gradient", self._activations_like(example), batched=True))
         entries.append(GraphInput("rate", torch.tensor(0.1)))
         weights = [GraphInput(name, tensor) for name, tensor in self.carried().items()]
@@ -130,7 +137,7 @@ class _Builder:
         return [*entries, *weights, *baked]
 
     def plans(self) -> dict[str, GraphPlan]:
-        entry = ["x", *(["label", "epsilon"] if self.guide is not None else [])]
+        entry = ["x", *(["label", "epsilon"] if self.guide is not None else []), *(["noise"] if self.noise else [])]
         infer = [*entry, *(name for name in self.carried() if not name.startswith("s."))]
         step = [*entry, "gradient", "rate", *self.carried()]
 
@@ -162,6 +169,8 @@ class _Builder:
 
         trained, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
         (gradients,) = pull(tensors["gradient"])
+        if self.noise:
+            trained, settled = trained + tensors["noise"], settled + tensors["noise"]
         stepped, state = step(self.optimizer, parameters, gradients, _group(tensors, "s."), tensors["rate"])
         groups = (("p", stepped), ("b", updated), ("s", state))
         after = {f"next.{kind}.{name}": tensor for kind, group in groups for name, tensor in group.items()}

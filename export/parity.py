@@ -30,6 +30,7 @@ def check_parity(
     perturbation: Perturbation | None,
     downsample: int,
     optimizer: Optimizer,
+    noise: bool = False,
 ) -> float:
     """Run every graph beside plain torch (autograd and torch.optim) on one random batch.
 
@@ -51,12 +52,17 @@ def check_parity(
         result = perturb(guide, x, label, normalisation=perturbation.normalisation, epsilon=perturbation.epsilon)
         seen, attack = result.perturbed.detach(), result.map.detach()
         expected = {"perturbed": seen, "map": attack, "guide": result.guide.detach()}
+    with torch.no_grad():
+        added = torch.zeros_like(copy.deepcopy(front)(front_input(seen, attack, downsample)))
+    if noise:
+        added = torch.randn(added.shape, generator=generator)
+        given["noise"] = added.numpy()
     worst = 0.0
     trained = _run(graphs.train, given)
     for name, outputs, training in (("train", trained, True), ("infer", _run(graphs.infer, given), False)):
         twin = copy.deepcopy(front).train(training)
         with torch.no_grad():
-            activations = twin(front_input(seen, attack, downsample))
+            activations = twin(front_input(seen, attack, downsample)) + added
         worst = max(worst, _compare(name, outputs, {**expected, "activations": activations}))
     twin = copy.deepcopy(front).train()
     stepper: torch.optim.Optimizer = (

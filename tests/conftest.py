@@ -70,7 +70,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, guide: Guide) -> dict[str, B
     """One bundle of each profile, by the profile's name."""
     folder = tmp_path_factory.mktemp("bundles")
     made = {}
-    for profile in ("vanilla", "paper"):
+    for profile in ("vanilla", "gaussian", "paper"):
         path = folder / f"{profile}.psgl"
         build_bundle(path, BuildOptions(profile, SHAPE, class_names(CLASSES)), guide)
         made[profile] = Built(path, load_bundle(path))

@@ -64,6 +64,12 @@ def add_audit(commands: Any) -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of each decoder (default %(default)s)")
     parser.add_argument("--width", type=int, default=48, help="of each decoder (default %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="of the white-box search (default %(default)s)")
+    parser.add_argument(
+        "--sends",
+        type=int,
+        default=16,
+        help="of each sample that a foe averages over, where the bundle adds noise (default %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0, 1, ... (default %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: every core)")
     parser.add_argument("--compute", choices=("cpu", "cuda"), default="cpu", help="of attacks (default %(default)s)")
@@ -80,7 +86,7 @@ def add_audit(commands: Any) -> None:
 def audit(arguments: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     require("audit", "torch", "safetensors", "rich", "torchmetrics", "jinja2", "PIL")
-    for option in ("rounds", "batch", "epochs", "width", "steps", "seeds", "threads"):
+    for option in ("rounds", "batch", "epochs", "width", "steps", "sends", "seeds", "threads"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option} must be at least 1")
@@ -99,7 +105,7 @@ def audit(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from server_sdk.audit.attacks import LearnedDecoder, WhiteBox
+    from server_sdk.audit.attacks import Averaging, LearnedDecoder, WhiteBox
     from server_sdk.audit.division import divide
     from server_sdk.audit.page import render, rows_of, write_page
     from server_sdk.audit.report import Finding, compose, print_table, write
@@ -110,18 +116,19 @@ def audit(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     if arguments.compute == "cuda" and not torch.cuda.is_available():
         raise ConfigError("this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch")
-    attacks: list[Attack] = [
+    decoders = [
         LearnedDecoder("convolution", arguments.epochs, arguments.width, device=arguments.compute),
         LearnedDecoder("mlp", arguments.epochs, arguments.width, device=arguments.compute),
-        WhiteBox(arguments.steps),
     ]
+    attacks: list[Attack] = [*decoders, WhiteBox(arguments.steps)]
+    attacks += [Averaging(decoder, arguments.sends) for decoder in decoders]
     status = Console(stderr=True)
     divisions = [divide(dataset, foe=arguments.foe, seed=seed) for seed in range(arguments.seeds)]
     findings: list[list[Finding]] = []
     for number, path in enumerate(paths):
         findings.append([])
         for seed, division in enumerate(divisions):
-            folder: Path = arguments.out / f"{path.stem}-{number}-seed-{seed}"
+            folder: Path = arguments.out / f"bundle-{number}-seed-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             what = f"{path.name}, seed {seed}"
             with status.status(f"{what}: training on {len(division.train)} samples") as shown:

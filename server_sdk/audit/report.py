@@ -123,11 +123,11 @@ def _print_seed(name: str, seed: dict[str, Any], console: Console) -> None:
     title = f"{name}, seed {seed['seed']}: reconstructions compared with x"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("what the foe has", no_wrap=True)
-    for heading in ("victims", "SSIM", "PSNR", "corr.", "NMSE", "recognised"):
+    for heading in ("victims", "SSIM", "corr.", "NMSE", "recognised"):
         table.add_column(heading, justify="right")
     for attack, row in (("the decision", seed["floor"]), *seed["attacks"].items()):
         ssim = "-" if row["ssim"] is None else f"{row['ssim']:.3f}"
-        values = (f"{row['psnr']:.1f} dB", f"{row['correlation']:.3f}", f"{row['nmse']:.3f}")
+        values = (f"{row['correlation']:.3f}", f"{row['nmse']:.3f}")
         style = "bold red" if attack == seed["worst_attack"] else None
         table.add_row(attack, str(row["victims"]), ssim, *values, f"{row['classified']:.1%}", style=style)
     console.print(table)

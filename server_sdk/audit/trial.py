@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from edge_sdk.bundle import load_bundle
 from edge_sdk.codec import unpack_tensors
 from edge_sdk.errors import WireError
 from edge_sdk.front import FrontState
+from edge_sdk.noise import KEY_BYTES
 from server_sdk.assembly import back_path, trainer_from
 from server_sdk.audit.attacks.attack import Attack, Knowledge, Progress
 from server_sdk.audit.attacks.decoder import LearnedDecoder
@@ -59,12 +61,14 @@ class Trained:
 
     Attributes:
         victim: the device, defence on.
-        twin: the same, differentiable, or None where its model does not allow it.
+        foe: a device of the foe's own, with the same bundle and front, and another key for its noise.
+        twin: the victim again, differentiable, or None where its model does not allow it.
         server: decides on activations.
         figures: the server's own, with ``evaluation`` (defence on) and ``clean`` (inputs unperturbed).
     """
 
     victim: Victim
+    foe: Victim
     twin: Twin | None
     server: Trainer
     figures: dict[str, Any]
@@ -141,13 +145,13 @@ def train(
         raise ServerError(f"the trained front {path} cannot be read: {exc}") from exc
     server = trainer_from(bundle, back_path(trial.bundle), rounds=trial.rounds)
     server.load(trial.folder / "server.safetensors")
-    victim = Victim(bundle, front, codec=_CODEC)
+    victim, foe = (Victim(bundle, front, codec=_CODEC, key=_key(trial.seed, who)) for who in ("victim", "foe"))
     try:
         twin = Twin(victim, front)
     except ModelError as exc:
         on_event({"event": "note", "text": f"no white-box search: {exc}"})
         twin = None
-    return Trained(victim, twin, server, run.figures)
+    return Trained(victim, foe, twin, server, run.figures)
 
 
 def attack(
@@ -173,12 +177,17 @@ def attack(
         ServerError: no decoder for the floor, or no attack that fits.
     """
     manifest = trained.victim.bundle.manifest
-    fitting = [each for each in attacks if each.fits(manifest.cut_shape, twin=trained.twin is not None)]
+    fitting = [
+        each
+        for each in attacks
+        # Without noise all sends of a sample are one and the same.
+        if each.fits(manifest.cut_shape, twin=trained.twin is not None) and (each.sends == 1 or manifest.noise)
+    ]
     plain = next((each for each in attacks if isinstance(each, LearnedDecoder) and each.kind == "mlp"), None)
     if plain is None or not fitting:
         raise ServerError("an audit needs the mlp decoder: it gives the floor, and fits every cut")
     own, x = (_floats(samples.x, manifest.input_shape) for samples in (division.auxiliary, division.victims))
-    seen_own, seen = trained.victim.send(own), trained.victim.send(x)
+    seen_own, seen = trained.foe.send(own), trained.victim.send(x)
     judge = _judge(division, own, len(manifest.classes), seed)
     told_own, told = (_decisions(trained.server, part, manifest.max_batch) for part in (seen_own, seen))
 
@@ -192,8 +201,13 @@ def attack(
         share = _share(judge, done, division.victims.y[first])
         return Outcome(name, likeness(done, x[first]), likeness(lowest[first], x[first]), share, done)
 
-    knowledge = Knowledge(own, seen_own, trained.twin)
-    found = [outcome(each.name, rebuilt(each, knowledge, seen[: each.victims], each.name)) for each in fitting]
+    found = []
+    for each in fitting:
+        known, of = seen_own, seen
+        if each.sends > 1:
+            known, of = (side.send(part, sends=each.sends) for side, part in ((trained.foe, own), (trained.victim, x)))
+        done = rebuilt(each, Knowledge(own, known, trained.twin), of[: each.victims], each.name)
+        found.append(outcome(each.name, done))
     return outcome("floor", lowest), found
 
 
@@ -205,6 +219,10 @@ def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
         return float(correlation or 0.0) if ssim is None else ssim
 
     return max(outcomes, key=shown)
+
+
+def _key(seed: int, who: str) -> bytes:
+    return hashlib.blake2b(f"{who} {seed}".encode(), digest_size=KEY_BYTES).digest()
 
 
 def _floats(x: npt.NDArray[Any], shape: tuple[int, ...]) -> Array:

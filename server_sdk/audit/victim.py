@@ -11,6 +11,7 @@ from edge_sdk.batch import as_batch
 from edge_sdk.bundle import Bundle
 from edge_sdk.codec import compress, expand
 from edge_sdk.front import Forward, Front, FrontState
+from edge_sdk.noise import KEY_BYTES
 from server_sdk.errors import ModelError
 
 __all__ = ["Victim"]
@@ -25,18 +26,21 @@ class Victim:
         bundle: of the device.
         front: its tensors, trained or as shipped.
         codec: of the activations on the wire, ``float32`` or ``float16``.
+        key: of its noise, 32 bytes: the foe does not have the victim's.
 
     Raises:
         BundleError: this onnxruntime cannot run the bundle.
         ModelError: a front that is not the bundle's.
     """
 
-    def __init__(self, bundle: Bundle, front: FrontState, *, codec: str = "float16") -> None:
+    def __init__(
+        self, bundle: Bundle, front: FrontState, *, codec: str = "float16", key: bytes = bytes(KEY_BYTES)
+    ) -> None:
         shapes = {name: tensor.shape for name, tensor in front.tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in bundle.initial.items()}:
             raise ModelError("the front is not of this bundle: audit a front with the bundle that it was trained from")
         self._bundle = bundle
-        self._front = Front(bundle)
+        self._front = Front(bundle, noise_key=key)
         self._state = front
         self._codec = codec
 
@@ -45,12 +49,22 @@ class Victim:
         """The device's bundle."""
         return self._bundle
 
-    def send(self, x: npt.NDArray[np.generic], *, epsilon: float | None = None) -> Array:
+    def send(
+        self,
+        x: npt.NDArray[np.generic],
+        *,
+        epsilon: float | None = None,
+        noise: float | None = None,
+        sends: int = 1,
+    ) -> Array:
         """The activations that the server decodes when the device asks for decisions on these samples.
 
         Args:
             x: (N, *input_shape), as ``as_batch`` takes it, N at least 1.
             epsilon: in place of the bundle's budget; 0 leaves the perturbation out.
+            noise: in place of the bundle's; 0 leaves it out.
+            sends: each sample is sent so often, under as many versions of a front whose weights stay; the mean is
+                returned.
 
         Returns:
             float32 (N, *cut_shape).
@@ -58,11 +72,14 @@ class Victim:
         Raises:
             BatchError: samples that the bundle does not take.
         """
-        parts = []
-        for forward in self._forward(x, epsilon):
-            sent, scale = compress(forward.activations, self._codec)
-            parts.append(expand("activations", sent, scale))
-        return np.concatenate(parts)
+        total: Array = np.float32(0)  # type: ignore[assignment]
+        for later in range(sends):
+            parts = []
+            for forward in self._forward(x, epsilon, noise, later):
+                sent, scale = compress(forward.activations, self._codec)
+                parts.append(expand("activations", sent, scale))
+            total = total + np.concatenate(parts)
+        return total / np.float32(sends)
 
     def perturb(self, x: npt.NDArray[np.generic]) -> tuple[Array, Array]:
         """What the device makes of its inputs before the front.
@@ -76,12 +93,15 @@ class Victim:
         Raises:
             BatchError: samples that the bundle does not take.
         """
-        done = [(each.perturbed, each.map) for each in self._forward(x, None)]
+        done = [(each.perturbed, each.map) for each in self._forward(x, None, 0.0)]
         moved = [np.zeros_like(perturbed) if made is None else made for perturbed, made in done]
         return np.concatenate([perturbed for perturbed, _ in done]), np.concatenate(moved)
 
-    def _forward(self, x: npt.NDArray[np.generic], epsilon: float | None) -> Iterator[Forward]:
+    def _forward(
+        self, x: npt.NDArray[np.generic], epsilon: float | None, noise: float | None, later: int = 0
+    ) -> Iterator[Forward]:
         manifest = self._bundle.manifest
+        state = FrontState(self._state.version + later, self._state.tensors)
         for start in range(0, len(x), manifest.max_batch):
             batch = as_batch(x[start : start + manifest.max_batch], manifest.input_shape, max_batch=manifest.max_batch)
-            yield self._front.forward(self._state, batch, None, training=False, epsilon=epsilon)
+            yield self._front.forward(state, batch, None, training=False, epsilon=epsilon, noise=noise)

@@ -79,16 +79,19 @@ class Profile:
         perturbation: what the device does to its input, or None.
         streams: what the server trains.
         about: one sentence for ``--help``.
+        noise: standard deviation of the noise that the device adds to its activations.
     """
 
     perturbation: Perturbation | None
     streams: tuple[str, ...]
     about: str
+    noise: float = 0.0
 
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "vanilla": Profile(None, ("attacked",), "plain split learning, the baseline of every table"),
+        "gaussian": Profile(None, ("attacked",), "Gaussian noise on the activations, a baseline", noise=1.0),
         "paper": Profile(
             Perturbation("sign", 0.2),
             STREAMS,

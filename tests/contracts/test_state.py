@@ -303,6 +303,14 @@ def test_the_session_is_one_life_of_the_state(backend: Backend) -> None:
     assert backend.new().session != session
 
 
+def test_the_noise_key_is_one_life_of_the_state_and_its_own(backend: Backend) -> None:
+    state = backend.new()
+    key = state.noise_key
+    assert len(key) == 32
+    assert backend.again(state).noise_key == key
+    assert backend.new().noise_key != key
+
+
 def test_the_limits_are_told(backend: Backend) -> None:
     assert backend.new().limits == OutboxLimits()
     assert backend.new(OutboxLimits(2, 3, "refuse")).limits == OutboxLimits(2, 3, "refuse")

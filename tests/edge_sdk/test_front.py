@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from edge_sdk.batch import Samples, as_batch
-from edge_sdk.errors import BatchError, BundleError
+from edge_sdk.errors import BatchError, BundleError, ConfigError
 from edge_sdk.front import Front
+from edge_sdk.noise import draw_noise
 
 Draw = Callable[[int, int], Samples]
 
@@ -74,3 +75,31 @@ def test_onnxruntime_never_leaks(built: dict[str, Any], samples: Draw) -> None:
     lacking.popitem()
     with pytest.raises(BundleError, match="does not hold"):
         Front(replace(bundle, initial=lacking))
+
+
+def test_noise_is_added_to_the_activations_and_leaves_the_gradient(
+    built: dict[str, Any], samples: Callable[[int, int], Samples]
+) -> None:
+    bundle = built["gaussian"].bundle
+    front = Front(bundle, noise_key=bytes(32))
+    state, x = front.initial_state(), samples(5, 3).x.astype(np.float32) / 255
+    expected = draw_noise(bytes(32), 0, x, bundle.manifest.cut_shape)
+    for training in (True, False):
+        noisy = front.forward(state, x, None, training=training)
+        bare = front.forward(state, x, None, training=training, noise=0.0)
+        assert np.allclose(noisy.activations - bare.activations, expected, atol=1e-5)
+        half = front.forward(state, x, None, training=training, noise=0.5)
+        assert np.allclose(half.activations - bare.activations, expected / 2, atol=1e-5)
+    gradient = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
+    after = [
+        front.backward(
+            state, front.prepare(state, front.forward(state, x, None, training=True, noise=noise)), gradient, rate=0.1
+        )
+        for noise in (None, 0.0)
+    ]
+    assert all(np.array_equal(after[0].tensors[name], value) for name, value in after[1].tensors.items())
+
+
+def test_a_bundle_with_noise_needs_a_key(built: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="noise_key"):
+        Front(built["gaussian"].bundle)

@@ -778,6 +778,21 @@ def test_sealing_that_was_cut_off_is_ended_at_the_next_start(path: Path, monkeyp
         open_state(path, key=KEY).close()
 
 
+def test_the_noise_key_is_sealed_with_the_rest_and_stays_the_same(path: Path) -> None:
+    def files() -> bytes:
+        return b"".join(each.read_bytes() for each in path.parent.iterdir() if each.is_file())
+
+    with closing(open_state(path)) as state:
+        key = state.noise_key
+        assert key in files(), "it would be found"
+    with closing(open_state(path, key=KEY)) as state:
+        assert state.noise_key == key
+        assert key not in files()
+    with closing(open_state(path, key=KEY)) as state:
+        assert state.noise_key == key
+    assert key not in files()
+
+
 def test_a_bad_key_makes_no_file(path: Path) -> None:
     with pytest.raises(ConfigError, match="32 bytes"):
         open_state(path, key=b"short")

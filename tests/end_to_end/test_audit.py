@@ -27,25 +27,25 @@ def data(tmp_path_factory: pytest.TempPathFactory, samples: Callable[[int, int],
 
 
 def test_an_audit(built: dict[str, Any], data: Path, tmp_path: Path) -> None:
-    short = ("--rounds", 20, "--epochs", 20, "--width", 16, "--steps", 60, "--threads", 1)
-    bundles = (built["paper"].path, "--beside", built["vanilla"].path)
+    short = ("--rounds", 20, "--epochs", 20, "--width", 16, "--steps", 60, "--sends", 4, "--threads", 1)
+    bundles = (built["paper"].path, "--beside", built["vanilla"].path, "--beside", built["gaussian"].path)
     done = run_audit(*bundles, "--data", data, "--out", tmp_path / "out", *short)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "audit.json").read_text())
-    (beside,) = report["beside"]
-    for audited, profile in ((report, "paper"), (beside, "vanilla")):
+    for audited, profile in zip((report, *report["beside"]), ("paper", "vanilla", "gaussian"), strict=True):
         assert (audited["bundle"], audited["profile"]) == (built[profile].bundle.id, profile)
         (seed,) = audited["seeds"]
-        assert set(seed["attacks"]) == {"decoder_convolution", "decoder_mlp", "white_box"}
+        often = {"averaging_decoder_convolution", "averaging_decoder_mlp"} if profile == "gaussian" else set()
+        assert set(seed["attacks"]) == {"decoder_convolution", "decoder_mlp", "white_box", *often}
         worst, whole = seed["attacks"][seed["worst_attack"]], seed["attacks"]["decoder_mlp"]
         assert seed["excess"] == worst["excess"]
         assert worst["excess"]["ssim"] == max(each["excess"]["ssim"] for each in seed["attacks"].values())
         assert whole["victims"] == 90 and seed["attacks"]["white_box"]["victims"] == 64
         assert whole["excess"]["ssim"] == pytest.approx(whole["ssim"] - seed["floor"]["ssim"])
-        assert audited["mean"]["excess"]["ssim"] > 0.05, "neither profile hides its inputs from this foe"
+        assert audited["mean"]["excess"]["ssim"] > 0.05, "no profile hides its inputs from this foe"
         assert worst["nmse"] < 0.7 * seed["floor"]["nmse"]
         assert seed["perturbed"]["samples"] == 90
-        assert (seed["clean_accuracy"] is None) == (profile == "vanilla")
+        assert (seed["clean_accuracy"] is None) == (profile != "paper")
         assert f"{audited['mean']['excess']['ssim']:+.3f} SSIM" in " ".join(done.stdout.split())
     assert "can rebuild its inputs" in (tmp_path / "out" / "audit.html").read_text()
 

@@ -57,6 +57,10 @@ class Attack(Protocol):
     def victims(self) -> int | None:
         """How many victims are attacked, the first of them; None: all."""
 
+    @property
+    def sends(self) -> int:
+        """Over how many sends of each sample, under as many versions of the front, the foe takes the mean."""
+
     def fits(self, shape: tuple[int, ...], *, twin: bool) -> bool:
         """Whether activations of this shape (of one sample) can be attacked so, with or without a twin."""
 

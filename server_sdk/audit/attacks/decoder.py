@@ -51,6 +51,11 @@ class LearnedDecoder:
         """``decoder_convolution`` or ``decoder_mlp``."""
         return f"decoder_{self.kind}"
 
+    @property
+    def sends(self) -> int:
+        """One: each sample is seen once."""
+        return 1
+
     def fits(self, shape: tuple[int, ...], *, twin: bool = False) -> bool:
         """Convolutions need spatial axes, an MLP takes anything. See ``Attack.fits``."""
         return self.kind == "mlp" or len(shape) > 1

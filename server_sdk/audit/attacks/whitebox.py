@@ -43,6 +43,11 @@ class WhiteBox:
         """``white_box``."""
         return "white_box"
 
+    @property
+    def sends(self) -> int:
+        """One: each sample is seen once."""
+        return 1
+
     def fits(self, shape: tuple[int, ...], *, twin: bool) -> bool:
         """Any activations that have a gradient can be searched for."""
         return twin
