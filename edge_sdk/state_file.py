@@ -21,7 +21,7 @@ from edge_sdk.limits import DEFAULT_LIMITS
 
 __all__ = ["SCHEMA_VERSION", "DamagedError", "StateFile", "Statement", "record", "record_map"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Statement = tuple[str, tuple[Any, ...]]
 
@@ -96,7 +96,7 @@ class StateFile:
 
         Raises:
             DamagedError: SQLite cannot read it, or its pages contradict each other.
-            StateError: it is of a newer psgl or of another program; the disk is full or read-only.
+            StateError: it is of another version of psgl or of another program; the disk is full or read-only.
         """
         if not self.path.exists():
             return False
@@ -116,8 +116,9 @@ class StateFile:
         if application != _APPLICATION_ID:
             raise StateError(f"{self.path} is the database of another program: give the state a file of its own")
         if version != SCHEMA_VERSION:
+            remedy = "upgrade psgl" if version > SCHEMA_VERSION else "go on with the psgl that wrote it"
             raise StateError(
-                f"the state {self.path} has version {version}, this psgl knows {SCHEMA_VERSION}: upgrade psgl, "
+                f"the state {self.path} has version {version}, this psgl knows {SCHEMA_VERSION}: {remedy}, "
                 "or start afresh with --fresh"
             )
         return True

@@ -157,11 +157,14 @@ def test_a_lock_on_a_removed_file_is_no_lock(path: Path, monkeypatch: pytest.Mon
             StateFile(path)
 
 
-def test_a_newer_version_is_refused_and_untouched(file: StateFile, path: Path) -> None:
-    file.commit((f"PRAGMA user_version = {SCHEMA_VERSION + 1}", ()))
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(SCHEMA_VERSION + 1, "upgrade psgl"), (1, "go on with the psgl that wrote it")]
+)
+def test_another_version_is_refused_and_untouched(file: StateFile, path: Path, version: int, remedy: str) -> None:
+    file.commit((f"PRAGMA user_version = {version}", ()))
     file.close()
     before = path.read_bytes()
-    with closing(StateFile(path)) as again, pytest.raises(StateError, match=r"version 2.*upgrade psgl.*--fresh"):
+    with closing(StateFile(path)) as again, pytest.raises(StateError, match=rf"version {version}.*{remedy}.*--fresh"):
         again.open("off")
     assert path.read_bytes() == before
 
