@@ -72,13 +72,9 @@ class Victim:
         Raises:
             BatchError: samples that the bundle does not take.
         """
-        total: Array = np.float32(0)  # type: ignore[assignment]
-        for later in range(sends):
-            parts = []
-            for forward in self._forward(x, epsilon, noise, later):
-                sent, scale = compress(forward.activations, self._codec)
-                parts.append(expand("activations", sent, scale))
-            total = total + np.concatenate(parts)
+        total = self._once(x, epsilon, noise, 0)
+        for later in range(1, sends):
+            total = total + self._once(x, epsilon, noise, later)
         return total / np.float32(sends)
 
     def perturb(self, x: npt.NDArray[np.generic]) -> tuple[Array, Array]:
@@ -96,6 +92,13 @@ class Victim:
         done = [(each.perturbed, each.map) for each in self._forward(x, None, 0.0)]
         moved = [np.zeros_like(perturbed) if made is None else made for perturbed, made in done]
         return np.concatenate([perturbed for perturbed, _ in done]), np.concatenate(moved)
+
+    def _once(self, x: npt.NDArray[np.generic], epsilon: float | None, noise: float | None, later: int) -> Array:
+        parts = []
+        for forward in self._forward(x, epsilon, noise, later):
+            sent, scale = compress(forward.activations, self._codec)
+            parts.append(expand("activations", sent, scale))
+        return np.concatenate(parts)
 
     def _forward(
         self, x: npt.NDArray[np.generic], epsilon: float | None, noise: float | None, later: int = 0
