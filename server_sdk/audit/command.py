@@ -35,10 +35,11 @@ def add_audit(commands: Any) -> None:
     parser = commands.add_parser(
         "audit",
         help="attack a bundle and say what its activations show",
-        description="Train the bundle's fleet of one device on a part of the data, then rebuild the test samples from "
-        "what crosses the wire, with the defence on and by a foe who knows everything but the samples: a decoder "
-        "trained on the rest of the data, sent through the very same graphs. Reconstructions are compared with x, "
-        "and with what the decision alone tells (the floor).",
+        description="Train the bundle's fleet of one device on a part of the data, then rebuild the\n"
+        "test samples from what crosses the wire, with the defence on and by a foe who knows\n"
+        "everything but the samples: a decoder trained on the rest of the data, sent through\n"
+        "the very same graphs. Reconstructions are compared with x, and with what the decision\n"
+        "alone tells (the floor).",
         epilog="examples:\n" + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
