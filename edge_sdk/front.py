@@ -6,6 +6,7 @@ whole by whoever keeps the state.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ import onnxruntime as ort
 
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BatchError, BundleError, ConfigError
-from edge_sdk.noise import draw_noise
+from edge_sdk.noise import KEY_BYTES, draw_noise
 
 __all__ = ["Forward", "Front", "FrontState"]
 
@@ -135,7 +136,8 @@ class Front:
             "epsilon": np.array(strength, np.float32),
         }
         if self._bundle.manifest.noise:
-            given["noise"] = self._noise(state.version, x, self._bundle.manifest.noise if noise is None else noise)
+            sigma = self._bundle.manifest.noise if noise is None else noise
+            given["noise"] = self._noise(state, x, sigma, training=training, epsilon=strength)
         out = self._run("train" if training else "infer", {**state.tensors, **given})
         kept = {"x": x, **out} if training else {}
         return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"), kept)
@@ -177,11 +179,16 @@ class Front:
             raise BatchError("the step would make the front's parameters infinite: lower the learning rate")
         return FrontState(state.version + 1, tensors)
 
-    def _noise(self, version: int, x: Array, sigma: float) -> Array:
+    def _noise(self, state: FrontState, x: Array, sigma: float, *, training: bool, epsilon: float) -> Array:
         shape = self._bundle.manifest.cut_shape
         if not sigma or self._noise_key is None:
             return np.zeros((len(x), *shape), np.float32)
-        drawn: Array = np.float32(sigma) * draw_noise(self._noise_key, version, x, shape)
+        context = hashlib.blake2b(f"{state.version} {training} {epsilon!r}".encode(), digest_size=KEY_BYTES)
+        for name, tensor in sorted(state.tensors.items()):
+            context.update(name.encode() + tensor.tobytes())
+        if training:
+            context.update(x.tobytes())  # BatchNorm lets a sample's activations depend on its batch
+        drawn: Array = np.float32(sigma) * draw_noise(self._noise_key, context.digest(), x, shape)
         return drawn
 
     def _session(self, name: str) -> ort.InferenceSession:

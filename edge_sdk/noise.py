@@ -1,8 +1,9 @@
 """Noise for the activations of a batch, drawn from a key that never leaves the device.
 
-A sample's noise depends on the key, the front's version and the sample alone: whoever makes a device send one sample
-again and again sees one and the same activations, and cannot average the noise away. Nor does it depend on what else
-is in the batch, so that a step which is computed again after a restart is the same step.
+The same activations have the same noise: whoever makes a device send one sample again and again sees one and the same
+numbers, and cannot average the noise away. Other activations have other noise, whatever it is that makes them differ
+(the sample, a weight, the mode, the budget of the perturbation): two sends that shared their noise would show their
+difference without any.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from edge_sdk.errors import ConfigError
 __all__ = ["KEY_BYTES", "draw_noise"]
 
 KEY_BYTES = 32
-"""Length of a key."""
+"""Length of a key, and of a context."""
 
 _PURPOSE = b"psgl noise"  # keeps these digests apart from any other use of the key
 
 
-def draw_noise(key: bytes, version: int, x: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def draw_noise(
+    key: bytes, context: bytes, x: npt.NDArray[np.float32], shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
     """Standard normal noise for each sample of a batch.
 
-    The seed of a sample is keyed BLAKE2b (RFC 7693) of the front's version and the sample's bytes; the numbers are
-    those of numpy's Philox generator for it. Philox is no cipher: what is secret is the seed.
+    The seed of a sample is keyed BLAKE2b (RFC 7693) of the context and the sample's bytes; the numbers are those of
+    numpy's Philox generator for it. Philox is no cipher: what is secret is the seed.
 
     Args:
         key: 32 bytes.
-        version: of the front, 0 or more.
+        context: 32 bytes that stand for all that the activations depend on beside the sample.
         x: float32 (N, *input_shape), as the front takes it.
         shape: of one sample's activations.
 
@@ -39,14 +42,15 @@ def draw_noise(key: bytes, version: int, x: npt.NDArray[np.float32], shape: tupl
         float32 (N, *shape).
 
     Raises:
-        ConfigError: a key of another length.
+        ConfigError: a key or a context of another length.
     """
-    if len(key) != KEY_BYTES:
-        raise ConfigError(f"a noise key has {KEY_BYTES} bytes, this one {len(key)}")
+    for name, value in (("key", key), ("context", context)):
+        if len(value) != KEY_BYTES:
+            raise ConfigError(f"a noise {name} has {KEY_BYTES} bytes, this one {len(value)}")
     drawn = np.empty((len(x), math.prod(shape)), np.float32)
     for row, sample in zip(drawn, x, strict=True):
         digest = hashlib.blake2b(key=key, digest_size=16, person=_PURPOSE)
-        digest.update(version.to_bytes(8, "little"))
+        digest.update(context)
         digest.update(np.ascontiguousarray(sample).tobytes())
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
         generator.standard_normal(dtype=np.float32, out=row)

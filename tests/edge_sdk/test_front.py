@@ -11,8 +11,7 @@ import pytest
 
 from edge_sdk.batch import Samples, as_batch
 from edge_sdk.errors import BatchError, BundleError, ConfigError
-from edge_sdk.front import Front
-from edge_sdk.noise import draw_noise
+from edge_sdk.front import Front, FrontState
 
 Draw = Callable[[int, int], Samples]
 
@@ -77,27 +76,47 @@ def test_onnxruntime_never_leaks(built: dict[str, Any], samples: Draw) -> None:
         Front(replace(bundle, initial=lacking))
 
 
-def test_noise_is_added_to_the_activations_and_leaves_the_gradient(
-    built: dict[str, Any], samples: Callable[[int, int], Samples]
-) -> None:
-    bundle = built["gaussian"].bundle
-    front = Front(bundle, noise_key=bytes(32))
-    state, x = front.initial_state(), samples(5, 3).x.astype(np.float32) / 255
-    expected = draw_noise(bytes(32), 0, x, bundle.manifest.cut_shape)
+def test_noise_is_added_to_the_activations_and_leaves_the_gradient(built: dict[str, Any], samples: Draw) -> None:
+    front = Front(built["gaussian"].bundle, noise_key=bytes(32))
+    state, x = front.initial_state(), batch(samples, 40)
     for training in (True, False):
-        noisy = front.forward(state, x, None, training=training)
-        bare = front.forward(state, x, None, training=training, noise=0.0)
-        assert np.allclose(noisy.activations - bare.activations, expected, atol=1e-5)
-        half = front.forward(state, x, None, training=training, noise=0.5)
-        assert np.allclose(half.activations - bare.activations, expected / 2, atol=1e-5)
-    gradient = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
-    after = [
-        front.backward(
-            state, front.prepare(state, front.forward(state, x, None, training=True, noise=noise)), gradient, rate=0.1
+        noisy, again, half, bare = (
+            front.forward(state, x, None, training=training, noise=noise).activations for noise in (None, 1.0, 0.5, 0.0)
         )
-        for noise in (None, 0.0)
-    ]
+        assert np.array_equal(noisy, again), "the bundle's noise is 1, and the same again"
+        assert np.allclose(half - bare, (noisy - bare) / 2, atol=1e-5)
+        assert abs((noisy - bare).std() - 1) < 0.03
+    gradient = np.random.default_rng(1).normal(size=noisy.shape).astype(np.float32)
+    forwards = [front.forward(state, x, None, training=True, noise=noise) for noise in (None, 0.0)]
+    after = [front.backward(state, front.prepare(state, each), gradient, rate=0.1) for each in forwards]
     assert all(np.array_equal(after[0].tensors[name], value) for name, value in after[1].tensors.items())
+
+
+def test_activations_that_differ_share_no_noise(built: dict[str, Any], samples: Draw) -> None:
+    """Else their difference would be free of it: of two runs, of a front before and after a mean, of train and infer."""
+    bundle = built["gaussian"].bundle
+    front, other = (Front(bundle, noise_key=bytes([one]) * 32) for one in (0, 1))
+    state, x = front.initial_state(), batch(samples, 40)
+    moved = FrontState(0, {name: value * np.float32(1.0001) for name, value in state.tensors.items()})
+
+    def noise(which: Front, at: FrontState, rows: slice, **how: Any) -> Any:
+        sent, bare = (which.forward(at, x[rows], None, noise=sigma, **how).activations for sigma in (None, 0.0))
+        return (sent - bare)[:8].ravel()
+
+    first = noise(front, state, slice(40), training=False)
+    assert np.allclose(first, noise(front, state, slice(8), training=False), atol=1e-5), (
+        "batch-mates do not matter"
+    )
+    changed = [
+        noise(front, moved, slice(40), training=False),
+        noise(front, FrontState(1, state.tensors), slice(40), training=False),
+        noise(front, state, slice(40), training=False, epsilon=0.1),
+        noise(other, state, slice(40), training=False),
+        noise(front, state, slice(40), training=True),
+        noise(front, state, slice(8), training=True),
+    ]
+    together = np.corrcoef(np.stack([first, *changed]))
+    assert np.abs(together - np.eye(len(together))).max() < 0.1
 
 
 def test_a_bundle_with_noise_needs_a_key(built: dict[str, Any]) -> None:
