@@ -104,9 +104,7 @@ def test_activations_that_differ_share_no_noise(built: dict[str, Any], samples: 
         return (sent - bare)[:8].ravel()
 
     first = noise(front, state, slice(40), training=False)
-    assert np.allclose(first, noise(front, state, slice(8), training=False), atol=1e-5), (
-        "batch-mates do not matter"
-    )
+    assert np.allclose(first, noise(front, state, slice(8), training=False), atol=1e-5), "batch-mates do not matter"
     changed = [
         noise(front, moved, slice(40), training=False),
         noise(front, FrontState(1, state.tensors), slice(40), training=False),
