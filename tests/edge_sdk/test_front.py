@@ -93,7 +93,7 @@ def test_noise_is_added_to_the_activations_and_leaves_the_gradient(built: dict[s
 
 
 def test_activations_that_differ_share_no_noise(built: dict[str, Any], samples: Draw) -> None:
-    """Else their difference would be free of it: of two runs, of a front before and after a mean, of train and infer."""
+    """Else their difference would be free of it: of two runs, of a front before and after a mean."""
     bundle = built["gaussian"].bundle
     front, other = (Front(bundle, noise_key=bytes([one]) * 32) for one in (0, 1))
     state, x = front.initial_state(), batch(samples, 40)
