@@ -30,12 +30,14 @@ class TensorRule:
         ndim: fewest and most dimensions.
         batched: its first dimension is N, the number of samples, which all such tensors of a message share.
         least: how many tensors of a name with ``*`` there must be.
+        packable: it may travel in few bits a value (``packing``).
     """
 
     dtype: str
     ndim: tuple[int, int]
     batched: bool = True
     least: int = 1
+    packable: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,19 @@ class Kind:
 
 
 _FEATURES = TensorRule("float32", (2, 6))
+_ACTIVATIONS = TensorRule("float32", (2, 6), packable=True)
 _CLASSES = TensorRule("int64", (1, 1))
 _FRONT = TensorRule("float32", (0, 6), batched=False, least=0)
 
 KINDS: Mapping[str, Kind] = {
-    "train": Kind("up", {"front": int}, {"samples": int}, {"activations": _FEATURES, "labels": _CLASSES}),
+    "train": Kind("up", {"front": int}, {"samples": int}, {"activations": _ACTIVATIONS, "labels": _CLASSES}),
     "store": Kind(
         "up",
         {"front": int, "first": int, "total": int},
-        tensors={"activations": _FEATURES, "labels": _CLASSES},
+        tensors={"activations": _ACTIVATIONS, "labels": _CLASSES},
     ),
     "front": Kind("up", {"front": int}, {"samples": int}, {"*": _FRONT}),
-    "infer": Kind("up", {"front": int}, tensors={"activations": _FEATURES}),
+    "infer": Kind("up", {"front": int}, tensors={"activations": _ACTIVATIONS}),
     "state": Kind(
         "up",
         {"status": str, "manifest": str},

@@ -3,7 +3,7 @@
     encode                         Message -> body -> frames -> packets
     decode_frame, Assembler.add    packets -> frames -> body -> Message
 
-messages.py says what may be sent, body.py and codec.py how it is written, chunks.py how it is cut, and
+messages.py says what may be sent, body.py, codec.py and packing.py how it is written, chunks.py how it is cut, and
 cbor.py how little of CBOR is accepted.
 
 Whatever the bytes, decoding returns the message that was sent or raises ``WireError``. Its ``reason`` is one
@@ -28,6 +28,7 @@ from edge_sdk.chunks import (
 )
 from edge_sdk.limits import DEFAULT_LIMITS, Limits
 from edge_sdk.messages import KINDS, Kind, Message, TensorRule
+from edge_sdk.packing import Packing
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -39,6 +40,7 @@ __all__ = [
     "Kind",
     "Limits",
     "Message",
+    "Packing",
     "TensorRule",
     "decode_body",
     "decode_frame",
@@ -52,7 +54,7 @@ __all__ = [
 def encode(
     message: Message,
     *,
-    codec: str = "float32",
+    codec: str | Packing = "float32",
     chunk_bytes: int = 65536,
     limits: Limits = DEFAULT_LIMITS,
 ) -> list[bytes]:
@@ -60,7 +62,8 @@ def encode(
 
     Args:
         message: checked against ``KINDS`` before anything is encoded.
-        codec: how float32 tensors travel: ``float32`` as they are, ``float16`` scaled, in half the bytes.
+        codec: how float32 tensors travel: ``float32`` as they are, ``float16`` scaled, in half the bytes; a
+            ``Packing`` puts activations into few bits a value.
         chunk_bytes: bytes of the body per frame. A frame is up to 1 KiB longer: keep that below the broker's
             largest packet.
         limits: those of the receiver.

@@ -7,6 +7,7 @@ read here with a parser of a few lines, and back.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import struct
 import zlib
@@ -23,6 +24,7 @@ from edge_sdk.chunks import VERSION, version_conflict
 from edge_sdk.client import EdgeClient
 from edge_sdk.codec import unpack_tensors
 from edge_sdk.errors import WireError
+from edge_sdk.packing import BITS, PACKED_KEYS
 from edge_sdk.wire import (
     DEFAULT_LIMITS,
     KINDS,
@@ -114,6 +116,22 @@ def second_opinion(data: bytes) -> Any:
 ELEMENTS = {79: "q", 84: "e", 85: "f"}
 
 
+def packed_elements(entry: Any) -> tuple[list[int], list[float]]:
+    """The same of an entry with ``bits``, digit by digit."""
+    tag, ((samples, size), (inner, data)) = entry["data"]
+    assert (tag, inner, len(data)) == (40, 64, samples * size)
+    bits, low, high = entry["bits"], np.float32(entry["low"]), np.float32(entry["high"])
+    count = math.prod(entry["shape"])
+    assert size == math.ceil(count * bits / 8)
+    numbers = []
+    for start in range(0, len(data), size):
+        digits = "".join(f"{byte:08b}" for byte in data[start : start + size])
+        codes = [int(digits[at : at + bits], 2) for at in range(0, count * bits, bits)]
+        assert "1" not in digits[count * bits :]
+        numbers += [float(low + np.float32(code) * (high - low) / np.float32(2**bits - 1)) for code in codes]
+    return [samples, *entry["shape"]], numbers
+
+
 def elements(value: Any, scale: float | None = None) -> tuple[list[int], list[float]]:
     """Dimensions and elements of a typed array, by struct alone."""
     tag, (dimensions, (inner, data)) = value
@@ -148,9 +166,13 @@ def test_a_second_implementation_reads_the_same(name: str) -> None:
     assert body["fields"] == message.fields
     assert body["tensors"].keys() == message.tensors.keys()
     for tensor, entry in body["tensors"].items():
+        array = message.tensors[tensor]
+        if "bits" in entry:
+            assert entry.keys() == {"data", "bits", "shape", "low", "high"} and array.dtype == np.float32
+            assert (list(array.shape), array.reshape(-1).tolist()) == packed_elements(entry)
+            continue
         assert entry.keys() == ({"data", "scale"} if entry["data"][1][1][0] == 84 else {"data"})
         dimensions, numbers = elements(entry["data"], entry.get("scale"))
-        array = message.tensors[tensor]
         assert list(array.shape) == dimensions
         assert array.dtype == (np.int64 if entry["data"][1][1][0] == 79 else np.float32)
         assert array.reshape(-1).tolist() == numbers
@@ -242,7 +264,7 @@ def test_a_frame_of_version_2_is_recognised_as_the_document_says() -> None:
     others = ", ".join(f'"k{number}": {number}' for number in range(120))
     data = bytes(cbor_diag.diag2cbor(f'{{"v": 2, "kind": "train", "session": "s", "step": 7, {others}, "t": 99([1])}}'))
     assert foreign_version(data) == ForeignFrame(2, "train", "s", 7)
-    assert rule(58).count("256 items") == 1
+    assert rule(62).count("256 items") == 1
     first_items = ", ".join(f'"k{number}": {number}' for number in range(124))  # 248 items before the four names
     late = f'{{{first_items}, "v": 2, "kind": "train", "session": "s", "step": 7}}'
     assert foreign_version(bytes(cbor_diag.diag2cbor(late))) == ForeignFrame(2, "train", "s", 7)
@@ -345,15 +367,15 @@ def test_limits() -> None:
 
 def test_numbers_in_the_text() -> None:
     chunk = inspect.signature(encode).parameters["chunk_bytes"].default
-    assert f"{chunk} bytes" in rule(30)
+    assert f"{chunk} bytes" in rule(34)
     longest = max(len(build("f" * 64, "d" * 64)) for build in (topics.up_state, topics.up_step, topics.down_step))
     text = " ".join(section("Broker").split())
     assert f"at most {chunk + 1024 + longest + 64} bytes: {chunk} of body, 1024 of frame, {longest} of topic" in text
-    assert f"keeps {inspect.signature(Assembler).parameters['max_partial'].default} for each device" in rule(34)
+    assert f"keeps {inspect.signature(Assembler).parameters['max_partial'].default} for each device" in rule(38)
     client = inspect.signature(EdgeClient).parameters
-    assert f"after {client['resend_s'].default:g} s" in rule(44)
-    assert f"up to {8 * client['resend_s'].default:g} s" in rule(44)
-    assert f"({client['give_up_s'].default:g} s in this SDK)" in rule(48)
+    assert f"after {client['resend_s'].default:g} s" in rule(48)
+    assert f"up to {8 * client['resend_s'].default:g} s" in rule(48)
+    assert f"({client['give_up_s'].default:g} s in this SDK)" in rule(52)
     assert f"1 to {DEFAULT_LIMITS.max_chunks} chunk numbers" in section("missing (down)")
 
 
@@ -375,7 +397,7 @@ def test_frame_and_body_keys() -> None:
 
 
 def test_element_tags() -> None:
-    table = {int(tag): (dtype, int(size)) for tag, dtype, size, _ in rows(section("6 Tensors"))}
+    table = {int(tag): (dtype, int(size)) for tag, dtype, size, _ in rows(section("6 Tensors").split("### ")[0])}
     sizes = {79: ("int64", 8), 85: ("float32", 4), 84: ("float16", 2), 78: ("int32", 4), 64: ("uint8", 1)}
     assert table == sizes
     half = """84(h'003c 00c0')]), "scale": 0.5_3"""
@@ -391,10 +413,20 @@ def test_element_tags() -> None:
         assert caught.value.reason == "dtype"
 
 
+def test_the_keys_of_a_packed_tensor_and_who_may_be_packed() -> None:
+    assert {named(name) for name, *_ in rows(section("Few bits"))} == PACKED_KEYS
+    packable = {(kind, name) for kind, rules in KINDS.items() for name, each in rules.tensors.items() if each.packable}
+    said = re.findall(r"`(\w+)`", rule(30))
+    assert {("train", "activations"), ("store", "activations"), ("infer", "activations")} == packable
+    assert said[:4] == ["activations", "train", "store", "infer"]
+    for bits in BITS:
+        assert str(bits) in next(meaning for name, _, meaning in rows(section("Few bits")) if named(name) == "bits")
+
+
 STATEMENTS = {
-    37: "answered by exactly one",
-    51: "gets none",
-    58: "in every version",
+    41: "answered by exactly one",
+    55: "gets none",
+    62: "in every version",
 }  # facts, which bind without a verb of RFC 2119
 
 
@@ -441,7 +473,7 @@ def test_reasons() -> None:
 def test_versions() -> None:
     assert VERSION == 1
     assert DOCUMENT.startswith(f"# The wire protocol, version {VERSION}\n")
-    assert version_conflict([2], here="device", there="server") in rule(61).replace("`", "")
+    assert version_conflict([2], here="device", there="server") in rule(65).replace("`", "")
 
 
 def test_links_lead_to_headings() -> None:

@@ -61,6 +61,25 @@ def float16(shape: Sequence[int], values: Sequence[float]) -> bytes:
     return mapping(data=typed(84, shape, data), scale=real(scale))
 
 
+def packed(shape: Sequence[int], values: Sequence[float], *, bits: int, low: float, high: float) -> bytes:
+    """[R30], [R31], [R33]"""
+    samples, *dims = shape
+    count, last = math.prod(dims), 2**bits - 1
+    data = b""
+    for start in range(0, samples * count, count):
+        digits = ""
+        for value in values[start : start + count]:
+            code = round((min(max(value, low), high) - low) * last / (high - low))  # ties to even, as Python rounds
+            digits += f"{code:0{bits}b}"
+        digits += "0" * (-len(digits) % 8)
+        data += bytes(int(digits[at : at + 8], 2) for at in range(0, len(digits), 8))
+    dimensions = array(*map(uint, dims))
+    size = len(data) // samples
+    return mapping(
+        data=typed(64, [samples, size], data), bits=uint(bits), shape=dimensions, low=real(low), high=real(high)
+    )
+
+
 def crc32(data: bytes) -> int:
     """[R20]"""
     register = 0xFFFFFFFF
@@ -72,7 +91,7 @@ def crc32(data: bytes) -> int:
 
 
 def frames(kind: str, run: str, session: str, step: int, fields: bytes, tensors: bytes, chunk: int) -> list[bytes]:
-    """[R21], [R30]"""
+    """[R21], [R34]"""
     body = mapping(tensors=tensors, fields=fields, id=array(text(kind), text(run), text(session), uint(step)))
     pieces = [body[start : start + chunk] for start in range(0, len(body), chunk)]
     return [
@@ -115,10 +134,23 @@ def test_training_steps_and_stored_samples(
         assert np.allclose(message.tensors["activations"], sent, rtol=2**-11, atol=2.0**-39 * 65504)
     woven = [packet for pair in itertools.zip_longest(store, train) for packet in pair if packet is not None]
     assembler = Assembler()
-    done = [message for data in woven if (message := assembler.add(decode_frame(data))) is not None]  # [R31]
+    done = [message for data in woven if (message := assembler.add(decode_frame(data))) is not None]  # [R35]
     assert {message.kind for message in done} == {"train", "store"}
     stored = next(message for message in done if message.kind == "store")
     assert stored.fields == {"first": 10, "total": 5000, "front": 0, "later": [0.5, None, True]}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_activations_in_few_bits(bits: int) -> None:
+    low, high, last = -1.5, 2.25, 2**bits - 1
+    values = [-9.0, -1.5, 0.0, 0.375, 2.0, 2.25, 9.0, 1.0, 0.3, -0.2]
+    question = mapping(activations=packed([2, 5, 1], values, bits=bits, low=low, high=high))
+    got = read(frames("infer", "r", "s", 3, mapping(front=uint(1)), question, 1000)).tensors["activations"]
+    assert got.shape == (2, 5, 1) and got.dtype == np.float32
+    for value, mine in zip(got.reshape(-1).tolist(), values, strict=True):
+        code = round((value - low) * last / (high - low))
+        assert value == np.float32(low) + np.float32(code) * np.float32(high - low) / np.float32(last)  # [R32]
+        assert abs(value - min(max(mine, low), high)) <= (high - low) / last / 2 + 1e-6
 
 
 def test_fronts_questions_and_states() -> None:

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from edge_sdk.codec import pack_tensors, unpack_tensors
 from edge_sdk.errors import ConfigError, WireError
-from edge_sdk.wire import KINDS, Assembler, Frame, Limits, Message, decode_body, decode_frame, encode
+from edge_sdk.wire import KINDS, Assembler, Frame, Limits, Message, Packing, decode_body, decode_frame, encode
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 REASONS = {
@@ -25,6 +25,7 @@ REASONS = {
 }
 
 ACTIVATIONS = (np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2) - 5) / 8
+LEVELS = np.array([-0.5, 1.0, 0.25, 1.75, 1.75, 0.25, 0.25, -0.5, 1.0, 1.75, -0.5, 0.25], np.float32)
 FRONT = {
     "p.conv.weight": ACTIVATIONS[:, :1, 0] / 4,
     "b.norm.mean": np.array([0.5, -1.5, 2.0], np.float32),
@@ -89,7 +90,15 @@ SAMPLES: dict[str, Message] = {
         },
     ),
 }
-VARIANTS: dict[str, tuple[Message, str]] = {  # optional fields, absent tensors, the other codec
+VARIANTS: dict[str, tuple[Message, str | Packing]] = {  # optional fields, absent tensors, other codecs
+    "train-packed": (
+        replace(SAMPLES["train"], tensors={**SAMPLES["train"].tensors, "activations": LEVELS.reshape(2, 3, 2)}),
+        Packing(2),
+    ),
+    "store-packed": (
+        replace(SAMPLES["store"], tensors={**SAMPLES["store"].tensors, "activations": LEVELS[:10].reshape(2, 5) * 2}),
+        Packing(4, -1.5, 6.0),
+    ),
     "train-float16": (SAMPLES["train"], "float16"),
     "train-samples": (replace(SAMPLES["train"], fields={"front": 3, "samples": 700}), "float32"),
     "front-float16": (SAMPLES["front"], "float16"),
@@ -256,7 +265,7 @@ def test_golden_variants(name: str) -> None:
     message, codec = VARIANTS[name]
     frozen = (GOLDEN / f"{name}.cbor").read_bytes()
     assert encode(message, codec=codec) == [frozen]
-    assert decode([frozen]) == message  # eighths are exact in float16
+    assert decode([frozen]) == message  # eighths are exact in float16, levels in few bits
 
 
 def test_golden_pack() -> None:

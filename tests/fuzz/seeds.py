@@ -20,7 +20,7 @@ import numpy as np
 from edge_sdk.bundle import Manifest
 from edge_sdk.codec import pack_tensors
 from edge_sdk.messages import KINDS, Kind, Message, TensorRule
-from edge_sdk.wire import decode_frame, encode
+from edge_sdk.wire import Packing, decode_frame, encode
 
 __all__ = [
     "DEVICES",
@@ -73,9 +73,10 @@ ORIGINALS = _originals()  # by checksum and size of the body
 
 @cache
 def frames() -> tuple[bytes, ...]:
-    """Whole messages of one frame, in both codecs, and single chunks."""
+    """Whole messages of one frame, in every codec, and single chunks."""
     golden = [path.read_bytes() for path in sorted(_GOLDEN.glob("*.cbor")) if path.stem != "tensors"]
-    made = [frame for message in MESSAGES for codec in ("float32", "float16") for frame in encode(message, codec=codec)]
+    codecs = ("float32", "float16", Packing(1), Packing(2, -1.0, 1.0), Packing(4), Packing(8))
+    made = [frame for message in MESSAGES for codec in codecs for frame in encode(message, codec=codec)]
     return (*golden, *made, PROBE_FRAMES[0])
 
 

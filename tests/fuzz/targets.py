@@ -55,6 +55,7 @@ _TIGHT = Limits(
 )
 _CHUNKED = Limits(max_message_bytes=1 << 10, max_chunk_bytes=1 << 9, max_chunks=12)
 _MAX_PARTIAL = 2
+_EXPANSION = 64  # a packed byte becomes up to 32 bytes of float32, and a look whether they are finite
 _BUNDLE_LIMITS = {"_MAX_MANIFEST_BYTES": 16 << 10, "_MAX_FILE_BYTES": 64 << 10, "_MAX_BUNDLE_BYTES": 128 << 10}
 
 
@@ -112,7 +113,7 @@ def _at_most(limit_bytes: int, what: str) -> Iterator[None]:
 
 def _allowance(size: int, limits: Limits) -> int:
     """Bytes that reading ``size`` bytes may cost: a few copies, and the objects of the counted CBOR items."""
-    return (64 << 10) + 8 * size + 320 * min(size, limits.max_items)
+    return (64 << 10) + (8 + _EXPANSION) * size + 320 * min(size, limits.max_items)
 
 
 # ---------------------------------------------------------------- envelope
@@ -152,7 +153,7 @@ def _check_message(frame: wire.Frame, body: bytes, message: Message, limits: Lim
     _require(message.tensors.keys() == tree["tensors"].keys(), "tensors were lost or made up")
     for name, array in message.tensors.items():
         entry = tree["tensors"][name]
-        sent = _read_tensor(entry["data"])
+        sent = _read_codes(entry) if "bits" in entry else _read_tensor(entry["data"])
         if "scale" in entry:
             sent = sent.astype(np.float32) * np.float32(entry["scale"])
         _require(array.dtype == sent.dtype and np.array_equal(array, sent), f"tensor {name!r} was changed")
@@ -170,6 +171,18 @@ def _check_encoding(message: Message, limits: Limits) -> None:
     assembler = wire.Assembler(limits)
     again = [assembler.add(wire.decode_frame(data, limits)) for data in frames]
     _require(again[-1] == message, "an accepted message changes when it is sent again")
+
+
+def _read_codes(entry: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """A packed tensor, bit by bit."""
+    rows, bits, count = _read_tensor(entry["data"]), entry["bits"], int(np.prod(entry["shape"], dtype=object))
+    digits = np.unpackbits(rows, axis=1)
+    _require(not digits[:, count * bits :].any(), "bits behind a sample's last value were accepted")
+    weights = 1 << np.arange(bits - 1, -1, -1)
+    codes = digits[:, : count * bits].reshape(len(rows), count, bits) @ weights
+    low, high = np.float32(entry["low"]), np.float32(entry["high"])
+    values = low + codes.astype(np.float32) * (high - low) / np.float32(2**bits - 1)
+    return values.reshape(len(rows), *entry["shape"])
 
 
 def _read_tensor(value: Any) -> npt.NDArray[Any]:
