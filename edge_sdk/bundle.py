@@ -18,13 +18,15 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.codec import unpack_tensors
-from edge_sdk.errors import BundleError, WireError
+from edge_sdk.errors import BundleError, ConfigError, WireError
+from edge_sdk.noise import NOISE_KINDS
+from edge_sdk.packing import BITS, Packing
 
 __all__ = ["FORMAT_VERSION", "Bundle", "Manifest", "load_bundle", "write_bundle"]
 
@@ -43,7 +45,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # an LZMA header alone can ask for 4 GiB
 # What zipfile raises, by design or not, on bytes that are no archive.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
-_GRAPHS = ("train", "infer", "prepare", "backward")
+_INFER = ("infer",)
+_TRAINING = ("train", "infer", "prepare", "backward")
+
+_Choice = TypeVar("_Choice", str, int)
 
 
 @dataclass(frozen=True)
@@ -51,17 +56,22 @@ class Manifest:
     """What a bundle says of itself.
 
     Attributes:
-        profile: ``vanilla``, ``paper`` or ``hardened``.
+        profile: its name, for instance ``paper`` or ``hardened``.
         input_shape: (C, H, W) or (C, T) of one sample, float32 in [0, 1].
         classes: name of each class, in label order.
-        cut_shape: shape of one sample's activations.
+        cut_shape: shape of one sample's activations; one number for a vector.
         optimizer: ``sgd`` or ``adam``, built into the backward graph.
         learning_rate: its base rate; each reply of the server scales it by a factor in [0, 1].
         normalisation: of the perturbation's map, ``sign`` or ``max``; None where the profile has no perturbation.
         epsilon: L-infinity budget of the perturbation, in units of the input's range.
         perturb_towards: ``guide``: the guide's own decision says which class the perturbation attacks, in training as
             at test; ``label``: the true label does, where the device has it.
-        noise: standard deviation of the Gaussian noise that the device adds to its activations, 0 for none.
+        noise: standard deviation of the noise that the device adds to its activations, 0 for none.
+        noise_kind: its distribution, ``gaussian`` or ``laplace``.
+        frozen: the front is never trained: the bundle holds the ``infer`` graph alone.
+        bits: of an activation on the wire, 1, 2, 4 or 8; 0 sends floats as the device's codec says.
+        span: lowest and highest value that ``bits`` can say, exactly float32; None: those of each message.
+        bound: no activation is larger than this in magnitude before the noise, 0 for no bound.
         max_batch: largest number of samples in one step.
         server: what only the server needs (model reference, streams, hash of the back's weights).
         versions: of the tools that made it.
@@ -77,9 +87,30 @@ class Manifest:
     epsilon: float = 0.0
     perturb_towards: str = "guide"
     noise: float = 0.0
+    noise_kind: str = "gaussian"
+    frozen: bool = False
+    bits: int = 0
+    span: tuple[float, float] | None = None
+    bound: float = 0.0
     max_batch: int = 256
     server: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that the bundle holds."""
+        return _INFER if self.frozen else _TRAINING
+
+    @property
+    def packing(self) -> Packing | None:
+        """How activations are packed, or None where they go as floats.
+
+        Raises:
+            ConfigError: ``bits`` and ``span`` are none that can be.
+        """
+        if not self.bits:
+            return None
+        return Packing(self.bits) if self.span is None else Packing(self.bits, *self.span)
 
 
 @dataclass(frozen=True)
@@ -89,8 +120,9 @@ class Bundle:
     Attributes:
         id: 32 hexadecimal digits that stand for every byte of the bundle.
         manifest: what it says of itself.
-        graphs: ONNX bytes by name (``train``, ``infer``, ``prepare``, ``backward``).
-        initial: front tensors by name: ``p.*`` parameters, ``b.*`` statistics, ``s.*`` optimizer state.
+        graphs: ONNX bytes by name (``train``, ``infer``, ``prepare``, ``backward``; of a frozen front ``infer``).
+        initial: front tensors by name: ``p.*`` parameters, ``b.*`` statistics, ``s.*`` optimizer state (which a
+            frozen front does not have).
     """
 
     id: str
@@ -105,7 +137,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     Args:
         path: the file to write; a file that stands there is replaced.
         manifest: what the bundle says of itself.
-        files: ``initial.cbor`` and the four graphs, ``train.onnx`` and so on, by name.
+        files: ``initial.cbor`` and the manifest's ``graphs``, ``infer.onnx`` and so on, by name.
 
     Returns:
         The bundle's id.
@@ -121,9 +153,12 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
             )
     if sum(map(len, files.values())) + _MAX_MANIFEST_BYTES > _MAX_BUNDLE_BYTES:
         raise BundleError(f"a bundle holds at most {_MAX_BUNDLE_BYTES} bytes in all: choose smaller front layers")
-    for needed in (*(f"{graph}.onnx" for graph in _GRAPHS), INITIAL):
+    for needed in _needed(manifest):
         if needed not in files:
             raise BundleError(f"a bundle needs {needed}")
+    for graph in _TRAINING:
+        if manifest.frozen and graph not in manifest.graphs and f"{graph}.onnx" in files:
+            raise BundleError(f"a bundle with a frozen front holds no {graph}.onnx")
     document = {
         "format": _FORMAT,
         "version": FORMAT_VERSION,
@@ -165,13 +200,16 @@ def load_bundle(path: str | Path) -> Bundle:
         _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             text, document, contents = _read(archive, path)
+            manifest = _parse(document, path)
+            for needed in _needed(manifest):
+                if needed not in contents:
+                    raise BundleError(f"{path} lacks {needed}: export it again")
     except FileNotFoundError as exc:
         raise BundleError(f"there is no bundle at {path}: make one with psgl-export build") from exc
     except _DAMAGE as exc:
         raise BundleError(f"{path} is not a whole bundle ({_short(exc)}): {remedy}") from exc
     except OSError as exc:
         raise BundleError(f"{path} cannot be read: {exc.strerror or exc}") from exc
-    manifest = _parse(document, path)
     try:
         initial = unpack_tensors(contents[INITIAL])
     except WireError as exc:
@@ -179,7 +217,14 @@ def load_bundle(path: str | Path) -> Bundle:
     for name, array in initial.items():
         if name[:2] not in ("p.", "b.", "s.") or array.dtype != np.float32 or not np.isfinite(array).all():
             raise BundleError(f"{path}: initial tensor {name!r} is not a finite float32 front tensor: {remedy}")
-    return Bundle(_bundle_id(text), manifest, {graph: contents[f"{graph}.onnx"] for graph in _GRAPHS}, initial)
+        if manifest.frozen and name[:2] == "s.":
+            raise BundleError(f"{path}: a frozen front has an optimizer's {name!r}: {remedy}")
+    return Bundle(_bundle_id(text), manifest, {graph: contents[f"{graph}.onnx"] for graph in manifest.graphs}, initial)
+
+
+def _needed(manifest: Manifest) -> tuple[str, ...]:
+    """Files without which a bundle is of no use."""
+    return *(f"{graph}.onnx" for graph in manifest.graphs), INITIAL
 
 
 def _bundle_id(manifest: bytes) -> str:
@@ -228,9 +273,6 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
     files = document.get("files")
     if not isinstance(files, dict) or set(files) != set(entries) - {MANIFEST}:
         raise BundleError(f"{path} does not hold the files that its manifest names: copy or export it again")
-    for needed in (*(f"{graph}.onnx" for graph in _GRAPHS), INITIAL):
-        if needed not in files:
-            raise BundleError(f"{path} lacks {needed}: export it again")
     total = sum(entry.file_size for entry in entries.values())
     if total > _MAX_BUNDLE_BYTES:
         raise BundleError(f"{path} declares {total} bytes in all, the limit is {_MAX_BUNDLE_BYTES}: do not use it")
@@ -268,6 +310,11 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
             epsilon=_number(document["epsilon"]),
             perturb_towards=_text(document["perturb_towards"]),
             noise=_number(document["noise"]),
+            noise_kind=_one_of(document["noise_kind"], NOISE_KINDS),
+            frozen=_flag(document["frozen"]),
+            bits=_one_of(document["bits"], (0, *BITS)),
+            span=_span(document["span"]),
+            bound=_number(document["bound"]),
             max_batch=_count(document["max_batch"]),
             server=_map(document["server"]),
             versions=_map(document["versions"]),
@@ -276,6 +323,10 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
         raise BundleError(f"{path}: {MANIFEST} is incomplete ({_short(exc)}): export the bundle again") from exc
     if len(manifest.classes) < 2:
         raise BundleError(f"{path}: a bundle needs at least two classes: export it again")
+    try:
+        _ = manifest.packing
+    except ConfigError as exc:
+        raise BundleError(f"{path}: activations cannot be packed so ({exc}): export the bundle again") from exc
     return manifest
 
 
@@ -301,6 +352,28 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
         raise ValueError(f"{value!r} is not a number")
     return float(value)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is not true or false")
+    return value
+
+
+def _one_of(value: object, choices: tuple[_Choice, ...]) -> _Choice:
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    raise ValueError(f"{value!r} is none of {choices}")
+
+
+def _span(value: object) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = _list(value)
+    if type(low) is not float or type(high) is not float:
+        raise ValueError(f"{value!r} is not a span")
+    return low, high
 
 
 def _count(value: object) -> int:

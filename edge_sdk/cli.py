@@ -18,6 +18,7 @@ from edge_sdk.codec import pack_tensors
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
 from edge_sdk.errors import BatchError, ConfigError
 from edge_sdk.front import FrontState
+from edge_sdk.ledger import bits_per_sample
 from edge_sdk.memory import keep_freed_memory, peak_rss_mb
 from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.sealing import load_key
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--codec",
         choices=("float32", "float16"),
         default="float16",
-        help="activations on the wire (default %(default)s)",
+        help="activations on the wire (default %(default)s); where the bundle packs its activations into few bits, of "
+        "other tensors only",
     )
     train.add_argument("--chunk-bytes", type=int, default=65536, help="largest MQTT payload (default %(default)s)")
     train.add_argument(
@@ -193,6 +195,9 @@ def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, 
             "name": arguments.device,
             "steps": client.steps,
             "unperturbed": client.unperturbed,
+            "samples_sent": client.samples_sent,
+            "bits_per_sample": bits_per_sample(bundle.manifest),
+            "bits_sent": client.bits_sent,
             "resent": client.traffic.resent,
             "bytes_sent": client.traffic.bytes_sent,
             "bytes_received": client.traffic.bytes_received,

@@ -15,9 +15,10 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ConfigError, OutboxFullError, RefusedError
 from edge_sdk.exchange import Exchange, Plan, Reply, Traffic
 from edge_sdk.front import Forward, Front, FrontState
+from edge_sdk.ledger import bits_per_sample
 from edge_sdk.state import MemoryState, OutboxStep, State
 from edge_sdk.transport import Transport
-from edge_sdk.wire import Message, encode
+from edge_sdk.wire import Message, Packing, encode
 
 __all__ = ["Decision", "EdgeClient", "TrainStep"]
 
@@ -72,7 +73,7 @@ class EdgeClient:
         device: the device's name in the fleet, ``[A-Za-z0-9_-]{1,64}``.
         fleet: the fleet's name.
         state: where front and outbox are kept; by default in memory, which no restart survives. The caller closes it.
-        codec: ``float32`` or ``float16`` activations on the wire.
+        codec: ``float32`` or ``float16`` activations on the wire, unless the bundle packs them into few bits.
         chunk_bytes: largest payload of one MQTT message; keep it below the broker's limit.
         resend_s: first pause before a step is sent again; it doubles up to 8 times of this.
         give_up_s: how long the server may stay silent while a step waits.
@@ -101,7 +102,7 @@ class EdgeClient:
         self._device = device
         self._state: State = MemoryState(FrontState(0, dict(bundle.initial))) if state is None else state
         self._front = Front(bundle, threads=threads, noise_key=self._state.noise_key)
-        self._codec = codec
+        self._codec: str | Packing = bundle.manifest.packing or codec
         self._chunk_bytes = chunk_bytes
         self._exchange = Exchange(
             transport,
@@ -157,6 +158,24 @@ class EdgeClient:
     def bytes_per_sample(self) -> float:
         """Bytes that one training sample's activations cost on the wire, envelope included, repeats not."""
         return self._count("sample_bytes") / max(self._count("samples"), 1)
+
+    @property
+    def samples_sent(self) -> int:
+        """Samples whose activations went out in this run, for training and for decisions; repeated frames do not count.
+
+        A sample that is sent anew counts each time. Under the same front it has the same noise and the same bytes,
+        which tell nothing new; so what was told is at most this many times ``bits_per_sample``.
+        """
+        return self._count("samples_sent")
+
+    @property
+    def bits_sent(self) -> float | None:
+        """Upper bound on what activations told about this device's samples so far, in bits, or None for no bound.
+
+        Counted for each send, as ``samples_sent`` is; see ``ledger.bits_per_sample`` for what it rests on.
+        """
+        each = bits_per_sample(self._bundle.manifest)
+        return None if each is None else each * self.samples_sent
 
     @property
     def plan(self) -> Plan:
@@ -268,10 +287,15 @@ class EdgeClient:
 
         Raises:
             BatchError: the batch does not fit the bundle.
+            ConfigError: the bundle's front is frozen: use ``store``.
             RefusedError: the server refused the step.
             StateError: the disk refuses.
             TransportError: the server was silent for ``give_up_s``.
         """
+        if self._bundle.manifest.frozen:
+            raise ConfigError(
+                "the bundle's front is frozen: start the server with --fronts frozen, and hand samples over with store()"
+            )
         batch, labels = self._check(x, y)
         if self._state.outbox:
             self.resume()
@@ -286,7 +310,7 @@ class EdgeClient:
         tensors: dict[str, npt.NDArray[Any]] = {"activations": forward.activations, "labels": labels}
         message = self._message("train", {"front": before.version, **weight}, tensors)
         outbox = OutboxStep(message.step, "train", self._frames(message), batch, attacked)
-        self._state.begin(outbox, {"batches": self._count("batches") + 1})
+        self._state.begin(outbox, {"batches": self._count("batches") + 1, **self._told(batch)})
         return self._finish_training(outbox, forward)
 
     def synchronise(self, *, give: bool = True, samples: int | None = None) -> None:
@@ -328,6 +352,7 @@ class EdgeClient:
         outbox = OutboxStep(message.step, "store", self._frames(message))
         counters = {
             "sent": first + len(batch),
+            **self._told(batch),
             "samples": self._count("samples") + len(batch),
             "sample_bytes": self._count("sample_bytes") + sum(map(len, outbox.frames)),
             "unperturbed": self._count("unperturbed") + forward.unperturbed,
@@ -364,14 +389,16 @@ class EdgeClient:
             epsilon: perturbation budget in place of the bundle's. 0 sends unprotected activations: to measure only.
 
         Raises:
-            BatchError, RefusedError, TransportError: as in ``train_step``.
+            BatchError, RefusedError, StateError, TransportError: as in ``train_step``.
         """
         manifest = self._bundle.manifest
         batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch)
         front = self._state.front
         forward = self._front.forward(front, batch, None, training=False, epsilon=epsilon)
         message = self._message("infer", {"front": front.version}, {"activations": forward.activations})
-        reply = self._exchange.ask(OutboxStep(message.step, "infer", self._frames(message))).message
+        question = OutboxStep(message.step, "infer", self._frames(message))
+        self._state.note(self._told(batch))
+        reply = self._exchange.ask(question).message
         probabilities = reply.tensors.get("probabilities")
         if probabilities is None or probabilities.shape != (len(batch), len(manifest.classes)):
             raise RefusedError("shape", "the server's decision does not fit the batch: compare the versions of psgl")
@@ -465,6 +492,10 @@ class EdgeClient:
         manifest = self._bundle.manifest
         batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch)
         return batch, as_labels(y, len(batch), len(manifest.classes))
+
+    def _told(self, batch: npt.NDArray[np.float32]) -> dict[str, int]:
+        """The counter after one more send; committed before anything leaves."""
+        return {"samples_sent": self._count("samples_sent") + len(batch)}
 
     def _count(self, name: str) -> int:
         return self._state.counters.get(name, 0)

@@ -21,6 +21,10 @@ from edge_sdk.noise import KEY_BYTES, draw_noise
 
 __all__ = ["Forward", "Front", "FrontState"]
 
+_FROZEN = (
+    "the bundle's front is frozen, so it cannot be trained: hand samples over with store(), or export a bundle of "
+    "another profile"
+)
 _INNER = ("f.", "r.")  # what the parts of a step hand on to each other: never looked at, so never copied
 Array = npt.NDArray[np.float32]
 
@@ -65,7 +69,7 @@ class Forward:
 
 
 class Front:
-    """The graphs of a bundle, ready to run.
+    """The graphs of a bundle, ready to run; of a bundle with a frozen front only its inference.
 
     Args:
         bundle: a checked bundle.
@@ -128,7 +132,10 @@ class Front:
 
         Raises:
             BatchError: onnxruntime refused the batch.
+            ConfigError: training with a frozen front.
         """
+        if training and self._bundle.manifest.frozen:
+            raise ConfigError(_FROZEN)
         strength = self._bundle.manifest.epsilon if epsilon is None else epsilon
         given: dict[str, npt.NDArray[Any]] = {
             "x": x,
@@ -154,6 +161,7 @@ class Front:
 
         Raises:
             BatchError: onnxruntime refused the arrays.
+            ConfigError: the bundle's front is frozen.
         """
         return replace(forward, kept={**forward.kept, **self._run("prepare", {**state.tensors, **forward.kept})})
 
@@ -171,6 +179,7 @@ class Front:
 
         Raises:
             BatchError: onnxruntime refused the arrays, or the step would leave a parameter that is not finite.
+            ConfigError: the bundle's front is frozen.
         """
         given: dict[str, npt.NDArray[Any]] = {"gradient": gradient, "rate": np.array(rate, np.float32)}
         out = {**prepared.kept, **self._run("backward", {**state.tensors, **prepared.kept, **given})}
@@ -188,7 +197,9 @@ class Front:
             context.update(name.encode() + tensor.tobytes())
         if training:
             context.update(x.tobytes())  # BatchNorm lets a sample's activations depend on its batch
-        drawn: Array = np.float32(sigma) * draw_noise(self._noise_key, context.digest(), x, shape)
+        drawn: Array = np.float32(sigma) * draw_noise(
+            self._noise_key, context.digest(), x, shape, self._bundle.manifest.noise_kind
+        )
         return drawn
 
     def _session(self, name: str) -> ort.InferenceSession:
@@ -202,6 +213,8 @@ class Front:
             ) from exc
 
     def _run(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
+        if name not in self._sessions and self._bundle.manifest.frozen:
+            raise ConfigError(_FROZEN)
         try:
             feed = {key: _as_value(arrays[key]) for key in self._inputs[name]}
             values = self._sessions[name].run_with_ort_values(None, feed)

@@ -16,18 +16,21 @@ import numpy.typing as npt
 
 from edge_sdk.errors import ConfigError
 
-__all__ = ["KEY_BYTES", "draw_noise"]
+__all__ = ["KEY_BYTES", "NOISE_KINDS", "draw_noise"]
 
 KEY_BYTES = 32
 """Length of a key, and of a context."""
+
+NOISE_KINDS = ("gaussian", "laplace")
+"""Distributions that there are."""
 
 _PURPOSE = b"psgl noise"  # keeps these digests apart from any other use of the key
 
 
 def draw_noise(
-    key: bytes, context: bytes, x: npt.NDArray[np.float32], shape: tuple[int, ...]
+    key: bytes, context: bytes, x: npt.NDArray[np.float32], shape: tuple[int, ...], kind: str = "gaussian"
 ) -> npt.NDArray[np.float32]:
-    """Standard normal noise for each sample of a batch.
+    """Noise of mean 0 and standard deviation 1 for each sample of a batch.
 
     The seed of a sample is keyed BLAKE2b (RFC 7693) of the context and the sample's bytes; the numbers are those of
     numpy's Philox generator for it. Philox is no cipher: what is secret is the seed.
@@ -37,13 +40,16 @@ def draw_noise(
         context: 32 bytes that stand for all that the activations depend on beside the sample.
         x: float32 (N, *input_shape), as the front takes it.
         shape: of one sample's activations.
+        kind: ``gaussian``, or ``laplace`` (of scale 1/sqrt(2), which has this deviation).
 
     Returns:
         float32 (N, *shape).
 
     Raises:
-        ConfigError: a key or a context of another length.
+        ConfigError: a key or a context of another length, or another kind.
     """
+    if kind not in NOISE_KINDS:
+        raise ConfigError(f"there is no noise {kind!r}: use {' or '.join(NOISE_KINDS)}")
     for name, value in (("key", key), ("context", context)):
         if len(value) != KEY_BYTES:
             raise ConfigError(f"a noise {name} has {KEY_BYTES} bytes, this one {len(value)}")
@@ -53,5 +59,8 @@ def draw_noise(
         digest.update(context)
         digest.update(np.ascontiguousarray(sample).tobytes())
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
-        generator.standard_normal(dtype=np.float32, out=row)
+        if kind == "gaussian":
+            generator.standard_normal(dtype=np.float32, out=row)
+        else:
+            row[:] = generator.laplace(scale=math.sqrt(0.5), size=row.shape)
     return drawn.reshape(len(x), *shape)

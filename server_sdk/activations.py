@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_sdk import cbor
 from edge_sdk.codec import TENSOR_TAGS, from_typed_array
+from edge_sdk.packing import Codes, read_packed
 from edge_sdk.wire import DEFAULT_LIMITS, Message
 from server_sdk.errors import LogError
 from server_sdk.fronts import share_of
@@ -31,15 +32,19 @@ class _Batch:
     device: str
     path: Path
     offset: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # as sent: of packed samples (N, bytes of one)
     dtype: np.dtype[Any]
     scale: float
+    codes: Codes | None  # of packed samples
     labels: NDArray[np.int64] = field(repr=False)
 
     def row(self, file: NDArray[np.uint8], index: int) -> NDArray[np.float32]:
         size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         start = self.offset + index * size
-        row = file[start : start + size].view(self.dtype).astype(np.float32).reshape(self.shape[1:])
+        sent = file[start : start + size]
+        if self.codes is not None:
+            return self.codes.expand(sent[None])[0]
+        row = sent.view(self.dtype).astype(np.float32).reshape(self.shape[1:])
         return row if self.scale == 1.0 else row * np.float32(self.scale)
 
 
@@ -118,11 +123,15 @@ class ActivationStore:
         firsts.add(first)
         content: Any = cbor.loads(body, DEFAULT_LIMITS, TENSOR_TAGS)
         entry = content["tensors"]["activations"]
-        raw = from_typed_array("activations", entry["data"])
+        codes: Codes | None = None
+        if "bits" in entry:
+            raw, codes = read_packed("activations", entry)
+        else:
+            raw = from_typed_array("activations", entry["data"])
         offset = place.offset + _find(body, raw.tobytes())
         dtype, scale = raw.dtype.newbyteorder("<"), float(entry.get("scale", 1.0))
         self._rows += [(len(self._batches), index) for index in range(len(labels))]
-        self._batches.append(_Batch(device, place.path, offset, raw.shape, dtype, scale, labels))
+        self._batches.append(_Batch(device, place.path, offset, raw.shape, dtype, scale, codes, labels))
         self._counts[device] = self._counts.get(device, 0) + len(labels)
 
     def begin_epoch(self) -> None:

@@ -21,6 +21,8 @@ from server_sdk.trainer import Trainer
 
 __all__ = ["back_path", "trainer_from"]
 
+_SPATIAL: tuple[Literal[0], Literal[1], Literal[2]] = (0, 1, 2)
+
 
 def back_path(bundle_path: Path) -> Path:
     """Where export puts the back's initial weights: ``net.back.safetensors`` beside ``net.psgl``."""
@@ -63,8 +65,8 @@ def trainer_from(
     except SafetensorError as exc:
         raise ModelError(f"{back} is damaged ({exc}): copy it again from beside the bundle") from exc
     channels, *grid = bundle.manifest.cut_shape
-    if len(grid) not in (1, 2):
-        raise ModelError("the cut must have one or two spatial axes: export the bundle with another cut")
+    if len(grid) > 2:
+        raise ModelError("the cut must have at most two spatial axes: export the bundle with another cut")
 
     def new_back() -> nn.Module:
         # Drawn from the stream's own generator, so that no two streams start from the same weights.
@@ -74,7 +76,7 @@ def trainer_from(
     streams = Streams(
         new_back,
         channels,
-        1 if len(grid) == 1 else 2,
+        _SPATIAL[len(grid)],
         names=part.streams,
         threshold=part.threshold,
         seed=part.seed,

@@ -17,6 +17,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 from server_sdk.audit.command import add_audit, audit
+from server_sdk.plan import fronts_for
 
 if TYPE_CHECKING:
     from server_sdk.journal import Kept
@@ -129,9 +130,8 @@ def _add_fleet_options(train: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fronts",
         choices=("own", "shared", "relay", "frozen"),
-        default="own",
         help="each device trains its own; all share the mean; one device at a time hands it on; "
-        "none is trained and each sample crosses the wire once (default %(default)s)",
+        "none is trained and each sample crosses the wire once (default own, for a bundle with a frozen front frozen)",
     )
     group.add_argument(
         "--synchronise-every",
@@ -245,9 +245,10 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}")
     if arguments.resume and arguments.fresh:
         raise ConfigError("--resume and --fresh contradict each other: give one of them")
-    if arguments.fronts == "frozen" and arguments.durability != "log":
-        raise ConfigError("--fronts frozen trains from the log: leave out --durability")
     bundle = load_bundle(arguments.bundle)
+    fronts = fronts_for(bundle.manifest, arguments.fronts)
+    if fronts == "frozen" and arguments.durability != "log":
+        raise ConfigError("--fronts frozen trains from the log: leave out --durability")
     if arguments.batch > bundle.manifest.max_batch:
         raise ConfigError(f"--batch is at most {bundle.manifest.max_batch} for this bundle")
     # torch takes seconds to import: only once the options are known to be good.
@@ -280,7 +281,7 @@ def _train(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         evaluate_every=arguments.evaluate_every,
         schedule=arguments.schedule,
-        fronts=arguments.fronts,
+        fronts=fronts,
         synchronise_every=arguments.synchronise_every,
         weights=arguments.weights,
         seed=arguments.seed,

@@ -4,7 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TrainingPlan"]
+from edge_sdk.bundle import Manifest
+from edge_sdk.errors import ConfigError
+
+__all__ = ["TrainingPlan", "fronts_for"]
+
+
+def fronts_for(manifest: Manifest, asked: str | None = None) -> str:
+    """What becomes of the devices' fronts: what was asked for, else what the bundle is made for.
+
+    Args:
+        asked: ``own``, ``shared``, ``relay`` or ``frozen``; None: ``frozen`` for a bundle with a frozen front, else
+            ``own``.
+
+    Raises:
+        ConfigError: a frozen front is to be trained.
+    """
+    if asked is None:
+        return "frozen" if manifest.frozen else "own"
+    if manifest.frozen and asked != "frozen":
+        raise ConfigError(
+            f"the bundle's front is frozen and cannot be trained as {asked!r}: use --fronts frozen, or leave it out"
+        )
+    return asked
 
 
 @dataclass(frozen=True)

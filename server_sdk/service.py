@@ -20,7 +20,7 @@ from edge_sdk.wire import VERSION, Message, encode
 from server_sdk.errors import CheckpointError, LogError, ServerError
 from server_sdk.inbox import Arrival, Flood, Gap, Inbox, Refusal
 from server_sdk.journal import Durability, Journal
-from server_sdk.plan import TrainingPlan
+from server_sdk.plan import TrainingPlan, fronts_for
 from server_sdk.quarantine import Quarantine
 from server_sdk.rates import RateLimits, Rates
 from server_sdk.roster import Roster
@@ -52,6 +52,9 @@ class TrainingService:
         rates: how much a device may send.
         on_event: called with a plain dictionary for everything that an operator may want to see; ``at_s`` is when, on
             the machine's monotonic clock.
+
+    Raises:
+        ConfigError: a frozen front is to be trained.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class TrainingService:
         rates: RateLimits | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
+        fronts_for(bundle.manifest, plan.fronts)
         self._bundle = bundle
         self._trainer = trainer
         self._transport = transport

@@ -71,7 +71,8 @@ class Streams(nn.Module):
         back_factory: makes one back network, (N, C, \\*S) -> logits (N, K), with new weights at each call,
             drawn from torch's generator: one that seeds itself gives all streams the same initial weights.
         channels: C at the cut.
-        spatial_dims: 1 (signals) or 2 (images).
+        spatial_dims: 1 (signals), 2 (images) or 0 (a vector, for the stream ``attacked`` alone: a vector has one
+            singular value, and recovery would only scale it).
         names: which streams, a subset of `STREAMS`; the order given does not matter.
         threshold: of `recover`, in [0, 1].
         seed: at least 0.
@@ -80,14 +81,14 @@ class Streams(nn.Module):
 
     Raises:
         ServerError: an unknown stream or option.
-        ModelError: a factory whose networks share weights.
+        ModelError: a factory whose networks share weights, or a vector with another stream than ``attacked``.
     """
 
     def __init__(
         self,
         back_factory: Callable[[], nn.Module],
         channels: int,
-        spatial_dims: Literal[1, 2],
+        spatial_dims: Literal[0, 1, 2],
         names: Sequence[str] = STREAMS,
         threshold: float = 0.1,
         seed: int = 0,
@@ -101,10 +102,15 @@ class Streams(nn.Module):
                 raise ServerError(f"there is no stream '{name}': use some of {', '.join(STREAMS)}")
         if not names:
             raise ServerError(f"no stream is named: use some of {', '.join(STREAMS)}")
-        if channels < 1 or spatial_dims not in (1, 2) or seed < 0:
+        if channels < 1 or spatial_dims not in (0, 1, 2) or seed < 0:
             raise ServerError(
                 f"channels is {channels}, spatial_dims {spatial_dims}, seed {seed}: "
-                "give at least 1 channel, 1 or 2 dimensions and a seed of at least 0"
+                "give at least 1 channel, 0 to 2 dimensions and a seed of at least 0"
+            )
+        if spatial_dims == 0 and set(names) != {"attacked"}:
+            raise ModelError(
+                f"activations that are vectors have no recovery, which {', '.join(names)} would need: "
+                "use the stream attacked alone, or a cut with spatial axes"
             )
         if recovered_view not in ("residual", "trace"):
             raise ServerError(f"recovered_view is '{recovered_view}': use 'residual' or 'trace'")
@@ -121,7 +127,7 @@ class Streams(nn.Module):
                 for layer in back.modules():
                     if hasattr(layer, "inplace"):
                         setattr(layer, "inplace", False)  # noqa: B010
-                stream = FusedStream(back, channels, spatial_dims) if name == "fused" else back
+                stream = FusedStream(back, channels, spatial_dims) if name == "fused" and spatial_dims else back
             self.add_module(name, stream)
         parameters = list(self.parameters(recurse=True))
         if len(parameters) != sum(len(list(stream.parameters())) for stream in self.children()):

@@ -43,6 +43,20 @@ def test_the_numbers_are_frozen() -> None:
     """Another numpy, or another release of this file, must give a device's samples the same noise."""
     x = np.arange(4, dtype=np.float32).reshape(1, 4)
     assert draw_noise(KEY, HERE, x, (3,)).tobytes().hex() == "043f903f35ce12bf3c950c3f"
+    assert draw_noise(KEY, HERE, x, (3,), "laplace").tobytes().hex() == "b15887beac727a3fea60cabc"
+
+
+def test_laplace_noise_has_the_same_deviation_and_heavier_tails() -> None:
+    drawn = draw_noise(KEY, HERE, X, (5000,), "laplace")
+    assert drawn.dtype == np.float32
+    values = np.sort(drawn.ravel().astype(np.float64))
+    assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
+    scaled = values[::100] * math.sqrt(2)
+    laplace = np.where(scaled < 0, np.exp(-np.abs(scaled)) / 2, 1 - np.exp(-np.abs(scaled)) / 2)
+    assert np.abs(laplace - np.linspace(0, 1, len(values))[::100]).max() < 0.015, "Kolmogorov and Smirnov's distance"
+    assert np.array_equal(draw_noise(KEY, HERE, X[[4, 1]], (5000,), "laplace"), drawn[[4, 1]])
+    with pytest.raises(ConfigError, match="gaussian or laplace"):
+        draw_noise(KEY, HERE, X, (3,), "uniform")
 
 
 @pytest.mark.parametrize("key", [b"", KEY[:31], KEY + b"\0"])
