@@ -294,7 +294,7 @@ class EdgeClient:
         """
         if self._bundle.manifest.frozen:
             raise ConfigError(
-                "the bundle's front is frozen: start the server with --fronts frozen, and hand samples over with store()"
+                "the bundle's front is frozen: start the server with --fronts frozen and hand samples over with store()"
             )
         batch, labels = self._check(x, y)
         if self._state.outbox:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
@@ -16,6 +18,9 @@ from torch import nn
 from edge_sdk.batch import Samples, as_batch
 from edge_sdk.bundle import INITIAL, Manifest, write_bundle
 from edge_sdk.codec import pack_tensors
+from edge_sdk.errors import ConfigError
+from edge_sdk.noise import NOISE_KINDS
+from edge_sdk.packing import Packing
 from edge_sdk.version import __version__
 from export.errors import ExportError
 from export.graphs import GraphSet, Optimizer, build_graphs
@@ -29,7 +34,7 @@ from server_sdk.reference.split import split
 
 __all__ = ["BuildOptions", "Built", "build_bundle", "class_names", "prepare_guide"]
 
-REFERENCE = "server_sdk.reference.networks:reference_network"
+_BOUNDS: tuple[tuple[type[nn.Module], float], ...] = ((nn.Tanh, 1.0), (nn.Sigmoid, 1.0), (nn.ReLU6, 6.0))
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,23 @@ class BuildOptions:
     """What to build.
 
     Attributes:
-        profile: ``vanilla``, ``gaussian`` or ``paper``.
+        profile: a name of ``PROFILES``; what is None below is the profile's.
         input_shape: (C, H, W) or (C, T) of one sample.
         classes: name of each class, in label order.
         seed: of the initial weights.
         optimizer: of the front, on the device.
         max_batch: largest number of samples in one step.
-        model: the whole network; None: the reference network for this shape.
+        model: the whole network; None: the profile's network for this shape.
         downsample: 2 moves blocks of two along each spatial axis into channels before the front, 1 leaves the
             grid.
-        epsilon: in place of the profile's.
-        noise: standard deviation of the noise on the activations, in place of the profile's.
+        epsilon: budget of the perturbation.
+        noise: standard deviation of the noise on the activations.
+        noise_kind: ``gaussian`` or ``laplace``.
+        frozen: export the inference alone: the front is trained already (``network``) and stays as it is.
+        bits: of an activation on the wire, 1, 2, 4 or 8, or 0 for floats.
+        span: lowest and highest value that the bits can say, rounded to float32; None where bits come without: those
+            of each message.
+        bound: of the activations before the noise; the front's last layer must hold it, 0 for no bound.
         perturb_towards: the class that the perturbation attacks in training: the guide's decision, as at
             test, or the true label, which the server then learns to read off the perturbation.
     """
@@ -62,6 +73,11 @@ class BuildOptions:
     downsample: int = 2
     epsilon: float | None = None
     noise: float | None = None
+    noise_kind: str | None = None
+    frozen: bool | None = None
+    bits: int | None = None
+    span: tuple[float, float] | None = None
+    bound: float | None = None
     perturb_towards: Literal["guide", "label"] = "guide"
 
 
@@ -102,28 +118,41 @@ def prepare_guide(
     return fit_guide(x, samples.y, classes=classes, seed=seed, epochs=epochs, progress=progress)
 
 
-def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built:
+def build_bundle(
+    out: Path, options: BuildOptions, guide: Guide | None, *, network: nn.Sequential | None = None
+) -> Built:
     """Export one bundle and the back's weights beside it.
 
     Args:
         out: the bundle to write, for instance ``net.psgl``.
         guide: from ``prepare_guide``; needed where the profile perturbs.
+        network: the whole network, trained: its front's weights and statistics go into the bundle, its back's beside
+            it. None: initial weights from the seed, which a frozen front cannot do with. It is not changed.
 
     Raises:
-        ExportError: an unknown profile, a model that cannot be exported, or graphs that do not compute what
-        torch does.
+        ExportError: an unknown profile, a model that cannot be exported, graphs that do not compute what torch does, a
+            network that is not the model's, a bound that the front does not hold, or a frozen front without a network.
         ModelError: the network cannot be built or split.
         BundleError: the file cannot be written.
     """
     profile = PROFILES.get(options.profile)
     if profile is None:
-        raise ExportError(f"there is no profile {options.profile!r}: use {' or '.join(PROFILES)}")
+        raise ExportError(f"there is no profile {options.profile!r}: use one of {', '.join(PROFILES)}")
     perturbation = profile.perturbation
     if perturbation is not None and options.epsilon is not None:
         perturbation = type(perturbation)(perturbation.normalisation, options.epsilon)
-    noise = profile.noise if options.noise is None else options.noise
-    model = options.model or _reference(options, profile)
-    front, back = split(build(model, options.seed), model.cut)
+    wanted = _settings(options, profile)
+    model = options.model or _own_model(options, profile)
+    whole = build(model, options.seed)
+    if network is not None:
+        whole = _trained(whole, network)
+    elif wanted.frozen:
+        raise ExportError(
+            f"profile {options.profile!r} has a frozen front, which must be trained before it is exported: "
+            "give build_bundle its trained network"
+        )
+    front, back = split(whole, model.cut)
+    _check_bound(front, wanted.bound)
     graphs = build_graphs(
         front,
         guide,
@@ -131,7 +160,8 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         perturbation=perturbation,
         downsample=options.downsample,
         optimizer=options.optimizer,
-        noise=noise > 0,
+        noise=wanted.noise > 0,
+        frozen=wanted.frozen,
     )
     worst = check_parity(
         graphs,
@@ -141,7 +171,7 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         perturbation,
         options.downsample,
         options.optimizer,
-        noise=noise > 0,
+        noise=wanted.noise > 0,
     )
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
     part = ServerPart(model, options.seed, hashlib.sha256(weights).hexdigest(), profile.streams)
@@ -155,7 +185,12 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
         normalisation=perturbation.normalisation if perturbation else None,
         epsilon=perturbation.epsilon if perturbation else 0.0,
         perturb_towards=options.perturb_towards,
-        noise=noise,
+        noise=wanted.noise,
+        noise_kind=wanted.noise_kind,
+        frozen=wanted.frozen,
+        bits=wanted.bits,
+        span=wanted.span,
+        bound=wanted.bound,
         max_batch=options.max_batch,
         server=part.as_manifest(),
         versions={"psgl": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}},
@@ -169,11 +204,59 @@ def build_bundle(out: Path, options: BuildOptions, guide: Guide | None) -> Built
     return Built(out, beside, bundle_id, worst)
 
 
-def _reference(options: BuildOptions, profile: Profile) -> ModelSpec:
+def _settings(options: BuildOptions, profile: Profile) -> Profile:
+    """The profile with what the options put in its place."""
+    names = ("noise", "noise_kind", "frozen", "bits", "span", "bound")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    wanted = replace(profile, **given)
+    if wanted.span is not None:
+        wanted = replace(wanted, span=(_float32(wanted.span[0]), _float32(wanted.span[1])))
+    if wanted.noise_kind not in NOISE_KINDS or wanted.noise < 0 or wanted.bound < 0:
+        raise ExportError(
+            f"noise {wanted.noise} ({wanted.noise_kind}), bound {wanted.bound}: give numbers of at least 0 and "
+            f"one of {', '.join(NOISE_KINDS)}"
+        )
+    try:
+        if wanted.bits:
+            Packing(wanted.bits, *(wanted.span or ()))
+    except ConfigError as exc:
+        raise ExportError(f"activations cannot be packed so: {exc}") from exc
+    return wanted
+
+
+def _float32(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+def _trained(whole: nn.Sequential, network: nn.Sequential) -> nn.Sequential:
+    """The model with the network's weights and statistics."""
+    try:
+        whole.load_state_dict(network.state_dict())
+    except (RuntimeError, AttributeError) as exc:
+        reason = " ".join(str(exc).split())[:200]
+        raise ExportError(f"the network is not the one that the options' model builds: {reason}") from exc
+    return whole.eval()
+
+
+def _check_bound(front: nn.Sequential, bound: float) -> None:
+    """The last layer must keep the bound whatever it is given: what is claimed of privacy rests on it."""
+    last = front[-1]
+    held = max(abs(last.min_val), abs(last.max_val)) if isinstance(last, nn.Hardtanh) else math.inf
+    held = min([held, *(most for kind, most in _BOUNDS if isinstance(last, kind))])
+    if bound and held > bound:
+        raise ExportError(
+            f"the front ends in {type(last).__name__}, which does not keep activations within {bound:g}: "
+            "end it in Tanh, Sigmoid or Hardtanh, or give bound 0"
+        )
+
+
+def _own_model(options: BuildOptions, profile: Profile) -> ModelSpec:
     channels, *axes = options.input_shape
     grid = [size // options.downsample for size in axes]
     stacked = channels * options.downsample ** len(axes) + (1 if profile.perturbation else 0)
-    return ModelSpec(REFERENCE, {"in_channels": stacked, "grid": grid, "classes": len(options.classes)}, "relu2")
+    arguments = {"in_channels": stacked, "grid": grid, "classes": len(options.classes)}
+    return ModelSpec(profile.factory, arguments, profile.cut)
 
 
 def _cut_shape(front: nn.Module, options: BuildOptions, *, perturbed: bool) -> tuple[int, ...]:
@@ -187,13 +270,8 @@ def _cut_shape(front: nn.Module, options: BuildOptions, *, perturbed: bool) -> t
 
 
 def _files(graphs: GraphSet) -> dict[str, bytes]:
-    return {
-        "train.onnx": graphs.train,
-        "infer.onnx": graphs.infer,
-        "prepare.onnx": graphs.prepare,
-        "backward.onnx": graphs.backward,
-        INITIAL: pack_tensors(graphs.tensors),
-    }
+    named = {f"{name}.onnx": graph for name, graph in graphs.by_name.items()}
+    return {**named, INITIAL: pack_tensors(graphs.tensors)}
 
 
 def class_names(classes: int) -> tuple[str, ...]:

@@ -34,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     build.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
     build.add_argument(
-        "--profile", choices=("vanilla", "gaussian", "paper"), default="paper", help="(default %(default)s)"
+        "--profile",
+        choices=("vanilla", "gaussian", "laplace", "quantised", "paper", "hardened"),
+        default="paper",
+        help="(default %(default)s)",
     )
     build.add_argument("-o", "--out", type=Path, required=True, help="bundle to write; the back's weights go beside it")
     build.add_argument("--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)")

@@ -1,4 +1,4 @@
-"""The graphs of a bundle: inference, and a training step in three parts.
+"""The graphs of a bundle: inference, and a training step in three parts (which a frozen front does not have).
 
 All weights and statistics of the front travel as inputs (``p.*``, ``b.*``), the optimizer's state as ``s.*``;
 the guide is baked in. ``next.*`` outputs are the inputs of the following step; ``f.*`` and ``r.*`` are what the parts
@@ -27,7 +27,22 @@ from export.partition import before_inputs, for_outputs
 from export.rewrite import cheap_gradient
 from server_sdk.reference.perturbation import Perturbation, front_input, perturb
 
-__all__ = ["GraphSet", "Optimizer", "build_graphs"]
+__all__ = ["GraphSet", "Optimizer", "StepGraphs", "build_graphs"]
+
+
+@dataclass(frozen=True)
+class StepGraphs:
+    """A training step in three parts.
+
+    Attributes:
+        train: as ``infer``, with BatchNorm in training mode, and with ``next.b.*`` and ``f.*``, ``r.*`` as outputs.
+        prepare: what of the backward pass needs no gradient: ``f.*`` to ``r.*``.
+        backward: ``r.*`` ``gradient`` ``rate ()`` ``p.*`` ``s.*`` to ``next.p.*`` and ``next.s.*``.
+    """
+
+    train: bytes
+    prepare: bytes
+    backward: bytes
 
 
 @dataclass(frozen=True)
@@ -35,20 +50,21 @@ class GraphSet:
     """Graphs and what they start from.
 
     Attributes:
-        train: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` ``b.*`` to ``activations``
-            [``perturbed``, ``map``, ``guide (N, K)``] ``next.b.*`` and ``f.*``, ``r.*``; BatchNorm in training mode.
-            With noise, ``noise (N, *cut)`` is an input too, and is added to the activations.
-        prepare: what of the backward pass needs no gradient: ``f.*`` to ``r.*``.
-        backward: ``r.*`` ``gradient`` ``rate ()`` ``p.*`` ``s.*`` to ``next.p.*`` and ``next.s.*``.
-        infer: as ``train`` up to ``guide``, with BatchNorm in evaluation mode.
-        tensors: initial ``p.*``, ``b.*``, ``s.*`` in the graphs' order, float32.
+        infer: ONNX bytes. ``x (N, C, *S)`` [``label (N,)`` int64, ``epsilon ()``] ``p.*`` ``b.*`` to ``activations``
+            [``perturbed``, ``map``, ``guide (N, K)``]; BatchNorm in evaluation mode. With noise, ``noise (N, *cut)`` is
+            an input too, and is added to the activations.
+        tensors: initial ``p.*``, ``b.*`` and, where there is a step, ``s.*`` in the graphs' order, float32.
+        step: the graphs of a training step, or None of a frozen front.
     """
 
-    train: bytes
-    prepare: bytes
-    backward: bytes
     infer: bytes
     tensors: dict[str, npt.NDArray[np.float32]]
+    step: StepGraphs | None = None
+
+    @property
+    def by_name(self) -> dict[str, bytes]:
+        """Every graph by its name in a bundle."""
+        return {"infer": self.infer} | ({} if self.step is None else vars(self.step))
 
 
 def build_graphs(
@@ -60,6 +76,7 @@ def build_graphs(
     downsample: int,
     optimizer: Optimizer,
     noise: bool = False,
+    frozen: bool = False,
 ) -> GraphSet:
     """Export a front with its perturbation, its gradient and its optimizer.
 
@@ -71,6 +88,7 @@ def build_graphs(
         perturbation: None for a profile without it.
         downsample: 1 leaves the grid, 2 moves blocks of two along each spatial axis into channels.
         noise: the graphs take noise and add it to the activations.
+        frozen: export the inference alone; any layer that torch can trace will do.
 
     Raises:
         ExportError: a layer without a known gradient graph (named), a front or guide that does not take the
@@ -80,14 +98,16 @@ def build_graphs(
         raise ExportError("a perturbation needs a guide: fit one with server_sdk.reference.guide.fit_guide")
     if downsample not in (1, 2):
         raise ExportError(f"downsample is {downsample}: use 1 or 2")
-    check_layers(front)
-    builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, optimizer, noise)
+    check_layers(front, frozen=frozen)
+    builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, None if frozen else optimizer, noise)
     graphs = export_graphs(builder, builder.inputs(), builder.plans())
+    tensors = {name: tensor.numpy().copy() for name, tensor in builder.carried().items()}
+    if frozen:
+        return GraphSet(graphs["infer"], tensors)
     late = {"gradient", "rate", *(f"s.{name}" for name in builder.state)}
     early, graphs["backward"] = before_inputs(graphs.pop("step"), late, "r.")
     graphs["train"], graphs["prepare"] = for_outputs(early, builder.awaited(), "f.")
-    tensors = {name: tensor.numpy().copy() for name, tensor in builder.carried().items()}
-    return GraphSet(**graphs, tensors=tensors)
+    return GraphSet(graphs["infer"], tensors, StepGraphs(graphs["train"], graphs["prepare"], graphs["backward"]))
 
 
 class _Builder:
@@ -100,7 +120,7 @@ class _Builder:
         shape: tuple[int, ...],
         perturbation: Perturbation | None,
         downsample: int,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         noise: bool,
     ) -> None:
         self.shape = shape
@@ -109,12 +129,12 @@ class _Builder:
         self.downsample = downsample
         self.optimizer = optimizer
         self.front = _bare_copy(front)
-        self.pulled = cheap_gradient(self.front)
+        self.pulled = None if optimizer is None else cheap_gradient(self.front)
         self.settled = copy.deepcopy(self.front).eval()
         self.guide = None if guide is None or perturbation is None else _bare_copy(guide).eval()
         self.parameters = {name: p.detach() for name, p in self.front.named_parameters()}
         self.statistics = {name: b.detach() for name, b in self.front.named_buffers()}
-        self.state = initial_state(optimizer, self.parameters)
+        self.state = {} if optimizer is None else initial_state(optimizer, self.parameters)
         self.guide_weights = {} if self.guide is None else _detached(self.guide.state_dict())
 
     def carried(self) -> dict[str, Tensor]:
@@ -130,8 +150,9 @@ class _Builder:
             entries.append(GraphInput("epsilon", torch.tensor(0.1)))
         if self.noise:
             entries.append(GraphInput("noise", self._activations_like(example), batched=True))
-        entries.append(GraphInput("gradient", self._activations_like(example), batched=True))
-        entries.append(GraphInput("rate", torch.tensor(0.1)))
+        if self.optimizer is not None:
+            entries.append(GraphInput("gradient", self._activations_like(example), batched=True))
+            entries.append(GraphInput("rate", torch.tensor(0.1)))
         weights = [GraphInput(name, tensor) for name, tensor in self.carried().items()]
         baked = [GraphInput(f"guide.{name}", t, baked=True) for name, t in self.guide_weights.items()]
         return [*entries, *weights, *baked]
@@ -145,10 +166,10 @@ class _Builder:
             outputs = {"activations": f"{kind}.activations"} | {name: name for name in (*self._shown(), *further)}
             return GraphPlan({name: name for name in inputs}, outputs)
 
-        return {
-            "infer": plan("infer", infer, ()),
-            "step": plan("train", step, [f"next.{name}" for name in self.carried()]),
-        }
+        plans = {"infer": plan("infer", infer, ())}
+        if self.optimizer is not None:
+            plans["step"] = plan("train", step, [f"next.{name}" for name in self.carried()])
+        return plans
 
     def awaited(self) -> set[str]:
         """What the first part of a step gives."""
@@ -162,15 +183,20 @@ class _Builder:
         seen, shown = self._seen(tensors)
         parameters, statistics = _group(tensors, "p."), _group(tensors, "b.")
         settled = functional_call(self.settled, parameters | statistics, (seen,))
+        if self.noise:
+            settled = settled + tensors["noise"]
+        if self.optimizer is None or self.pulled is None:
+            return {"infer.activations": settled, **shown}
+        pulled = self.pulled
 
         def forward(weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             updated = {name: tensor.clone() for name, tensor in statistics.items()}
-            return functional_call(self.pulled, {**weights, **updated}, (seen,)), updated
+            return functional_call(pulled, {**weights, **updated}, (seen,)), updated
 
         trained, pull, updated = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
         (gradients,) = pull(tensors["gradient"])
         if self.noise:
-            trained, settled = trained + tensors["noise"], settled + tensors["noise"]
+            trained = trained + tensors["noise"]
         stepped, state = step(self.optimizer, parameters, gradients, _group(tensors, "s."), tensors["rate"])
         groups = (("p", stepped), ("b", updated), ("s", state))
         after = {f"next.{kind}.{name}": tensor for kind, group in groups for name, tensor in group.items()}
@@ -190,7 +216,7 @@ class _Builder:
         scaled = example if self.guide is not None else None
         try:
             with torch.no_grad():
-                activations = copy.deepcopy(self.front)(front_input(example, scaled, self.downsample))
+                activations = self.settled(front_input(example, scaled, self.downsample))
         except RuntimeError as exc:
             problem = str(exc).splitlines()[0]
             raise ExportError(f"the front does not take the input {tuple(self.shape)}: {problem}") from exc

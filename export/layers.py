@@ -37,10 +37,14 @@ _LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
-def check_layers(module: nn.Module) -> None:
+def check_layers(module: nn.Module, *, frozen: bool = False) -> None:
     """Refuse a network with a layer whose gradient graph would be wrong or is not known to be right.
 
     Layers of classes outside ``torch.nn`` are let through: tracing refuses them if it must.
+
+    Args:
+        frozen: only inference is exported, which needs no gradient and draws no masks: whatever torch traces will do,
+            and the comparison with torch is the judge.
 
     Raises:
         ExportError: names the layer and says why.
@@ -55,7 +59,7 @@ def check_layers(module: nn.Module) -> None:
             )
         if not type(layer).__module__.startswith("torch.nn.") or isinstance(layer, nn.Sequential):
             continue
-        reason = _refusal(layer)
+        reason = _statistics_refusal(layer) if frozen else _refusal(layer)
         if reason is not None:
             raise ExportError(f"layer {where!r} ({kind}) cannot be exported: {reason}")
 
@@ -76,8 +80,7 @@ def _refusal(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         if layer.momentum is None:
             return "momentum=None (a cumulative average); give a momentum such as 0.1"
-        if not layer.track_running_stats:
-            return "track_running_stats=False; inference needs running statistics"
+        return _statistics_refusal(layer)
     if isinstance(layer, nn.MaxPool1d | nn.MaxPool2d):
         return _pool_refusal(layer)
     if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
@@ -87,6 +90,12 @@ def _refusal(layer: nn.Module) -> str | None:
             return "count_include_pad=False; only True is supported"
         if getattr(layer, "divisor_override", None) is not None:
             return "divisor_override; leave it None"
+    return None
+
+
+def _statistics_refusal(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.track_running_stats:
+        return "track_running_stats=False; inference needs running statistics"
     return None
 
 

@@ -34,6 +34,8 @@ def check_parity(
 ) -> float:
     """Run every graph beside plain torch (autograd and torch.optim) on one random batch.
 
+    Of a frozen front that is the inference alone.
+
     Returns:
         The largest difference, relative to the largest element of the output that it belongs to.
 
@@ -53,17 +55,23 @@ def check_parity(
         seen, attack = result.perturbed.detach(), result.map.detach()
         expected = {"perturbed": seen, "map": attack, "guide": result.guide.detach()}
     with torch.no_grad():
-        added = torch.zeros_like(copy.deepcopy(front)(front_input(seen, attack, downsample)))
+        added = torch.zeros_like(copy.deepcopy(front).eval()(front_input(seen, attack, downsample)))
     if noise:
         added = torch.randn(added.shape, generator=generator)
         given["noise"] = added.numpy()
-    worst = 0.0
-    trained = _run(graphs.train, given)
-    for name, outputs, training in (("train", trained, True), ("infer", _run(graphs.infer, given), False)):
+
+    def forward(name: str, graph: bytes, *, training: bool) -> tuple[dict[str, npt.NDArray[Any]], float]:
+        outputs = _run(graph, given)
         twin = copy.deepcopy(front).train(training)
         with torch.no_grad():
             activations = twin(front_input(seen, attack, downsample)) + added
-        worst = max(worst, _compare(name, outputs, {**expected, "activations": activations}))
+        return outputs, _compare(name, outputs, {**expected, "activations": activations})
+
+    _, worst = forward("infer", graphs.infer, training=False)
+    if graphs.step is None:
+        return worst
+    trained, error = forward("train", graphs.step.train, training=True)
+    worst = max(worst, error)
     twin = copy.deepcopy(front).train()
     stepper: torch.optim.Optimizer = (
         torch.optim.Adam(twin.parameters(), optimizer.learning_rate, optimizer.betas, optimizer.epsilon)
@@ -90,8 +98,8 @@ def check_parity(
     after |= {
         f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
     }
-    prepared = _run(graphs.prepare, given)
-    outputs = trained | prepared | _run(graphs.backward, {**given, **prepared})
+    prepared = _run(graphs.step.prepare, given)
+    outputs = trained | prepared | _run(graphs.step.backward, {**given, **prepared})
     return max(worst, _compare("backward", outputs, after, steady))
 
 

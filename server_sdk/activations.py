@@ -43,7 +43,8 @@ class _Batch:
         start = self.offset + index * size
         sent = file[start : start + size]
         if self.codes is not None:
-            return self.codes.expand(sent[None])[0]
+            values: NDArray[np.float32] = self.codes.expand(sent[None])[0]
+            return values
         row = sent.view(self.dtype).astype(np.float32).reshape(self.shape[1:])
         return row if self.scale == 1.0 else row * np.float32(self.scale)
 

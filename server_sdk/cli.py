@@ -17,7 +17,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 from server_sdk.audit.command import add_audit, audit
-from server_sdk.plan import fronts_for
+from server_sdk.plan import TrainingPlan, fronts_for
 
 if TYPE_CHECKING:
     from server_sdk.journal import Kept
@@ -256,7 +256,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from server_sdk.assembly import back_path, trainer_from
     from server_sdk.journal import Durability, Journal
-    from server_sdk.plan import TrainingPlan
     from server_sdk.progress import RunDisplay, megabytes
     from server_sdk.rates import RateLimits
     from server_sdk.screening import Screen

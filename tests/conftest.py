@@ -17,6 +17,8 @@ from edge_sdk.bundle import Bundle, load_bundle
 from export.build import BuildOptions, build_bundle, class_names, prepare_guide
 from server_sdk.assembly import back_path, trainer_from
 from server_sdk.reference.guide import Guide
+from server_sdk.reference.profiles import PROFILES
+from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.trainer import Trainer
 
 SHAPE = (1, 8, 8)
@@ -65,16 +67,27 @@ def guide() -> Guide:
     return prepare_guide(draw_samples(60, 99), CLASSES, seed=0, epochs=6)
 
 
+class Bundles(dict[str, Built]):
+    """One bundle of each profile, made when it is asked for; a frozen front has random weights."""
+
+    def __init__(self, folder: Path, guide: Guide) -> None:
+        self._folder, self._guide = folder, guide
+
+    def __missing__(self, profile: str) -> Built:
+        path = self._folder / f"{profile}.psgl"
+        small = {"in_channels": 4, "grid": [4, 4], "classes": CLASSES, "widths": [4, 4, 6, 6], "hidden": 16}
+        spec = ModelSpec(PROFILES[profile].factory, small, PROFILES[profile].cut)
+        frozen = PROFILES[profile].frozen
+        options = BuildOptions(profile, SHAPE, class_names(CLASSES), model=spec if frozen else None)
+        build_bundle(path, options, self._guide, network=build(spec, 7) if frozen else None)
+        self[profile] = Built(path, load_bundle(path))
+        return self[profile]
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, guide: Guide) -> dict[str, Built]:
     """One bundle of each profile, by the profile's name."""
-    folder = tmp_path_factory.mktemp("bundles")
-    made = {}
-    for profile in ("vanilla", "gaussian", "paper"):
-        path = folder / f"{profile}.psgl"
-        build_bundle(path, BuildOptions(profile, SHAPE, class_names(CLASSES)), guide)
-        made[profile] = Built(path, load_bundle(path))
-    return made
+    return Bundles(tmp_path_factory.mktemp("bundles"), guide)
 
 
 @pytest.fixture(scope="session")

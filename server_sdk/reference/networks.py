@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from server_sdk.errors import ModelError
 
-__all__ = ["reference_network", "step_network"]
+__all__ = ["hardened_network", "reference_network", "step_network"]
 
 
 def reference_network(in_channels: int, grid: Sequence[int], classes: int) -> nn.Sequential:
@@ -27,10 +28,7 @@ def reference_network(in_channels: int, grid: Sequence[int], classes: int) -> nn
     Raises:
         ModelError: a grid of neither one nor two axes, or too small for the two pools.
     """
-    if len(grid) not in (1, 2):
-        raise ModelError(f"grid {tuple(grid)} has {len(grid)} axes: networks for 1 (signal) and 2 (image) exist")
-    if min(grid) < 4:
-        raise ModelError(f"grid {tuple(grid)} is too small for two pools: at least 4 cells an axis are needed")
+    _check_grid(grid)
     image = len(grid) == 2
 
     def convolution(fan_in: int, fan_out: int) -> nn.Module:
@@ -65,6 +63,64 @@ def reference_network(in_channels: int, grid: Sequence[int], classes: int) -> nn
     return nn.Sequential(layers)
 
 
+def hardened_network(
+    in_channels: int,
+    grid: Sequence[int],
+    classes: int,
+    code: int = 32,
+    widths: Sequence[int] = (32, 48, 64, 64),
+    dropout: float = 0.2,
+    hidden: int = 128,
+    kernel: int | None = None,
+) -> nn.Sequential:
+    """The network of the ``hardened`` profile, whose front ends in a short bounded vector; cut it at ``tanh``.
+
+    Front: four convolutions with BatchNorm and ReLU (conv2 and conv4 halve the grid, rounding up), dropout, flatten, a
+    linear layer ``code`` to ``code`` values, codebn, tanh: activations in (-1, 1). Back: head1 to ``hidden`` values,
+    headbn, headrelu, head.
+
+    Args:
+        in_channels: channels that reach the front.
+        grid: spatial extents that reach the front: ``(H, W)`` or ``(T,)``, each at least 4.
+        classes: number of classes K.
+        code: values at the cut.
+        widths: channels of the four convolutions.
+        dropout: share of the features that training leaves out before ``code``, in [0, 1).
+        kernel: of the convolutions, odd; None: 3 for images, 5 for signals.
+
+    Raises:
+        ModelError: a grid of neither one nor two axes or too small, or a size, share or kernel out of its range.
+    """
+    _check_grid(grid)
+    image = len(grid) == 2
+    size = (3 if image else 5) if kernel is None else kernel
+    if len(widths) != 4 or min(*widths, code, hidden) < 1 or size < 1 or size % 2 == 0 or not 0 <= dropout < 1:
+        raise ModelError(
+            f"widths {tuple(widths)}, code {code}, hidden {hidden}, kernel {size}, dropout {dropout}: "
+            "give four widths, sizes of at least 1, an odd kernel and a dropout in [0, 1)"
+        )
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    fan_in, extents = in_channels, list(grid)
+    for number, (width, stride) in enumerate(zip(widths, (1, 2, 1, 2), strict=True), start=1):
+        convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if image else (nn.Conv1d, nn.BatchNorm1d)
+        layers[f"conv{number}"] = convolution(fan_in, width, size, stride=stride, padding=size // 2, bias=False)
+        layers[f"bn{number}"] = norm(width)
+        layers[f"relu{number}"] = nn.ReLU()
+        fan_in, extents = width, [-(-extent // stride) for extent in extents]
+    layers |= OrderedDict(
+        dropout=nn.Dropout(dropout),
+        flatten=nn.Flatten(),
+        code=nn.Linear(fan_in * math.prod(extents), code, bias=False),
+        codebn=nn.BatchNorm1d(code),
+        tanh=nn.Tanh(),
+        head1=nn.Linear(code, hidden, bias=False),
+        headbn=nn.BatchNorm1d(hidden),
+        headrelu=nn.ReLU(),
+        head=nn.Linear(hidden, classes),
+    )
+    return nn.Sequential(layers)
+
+
 def step_network(classes: int) -> nn.Sequential:
     """The network of ``benchmarks.step``: 1x28x28 in, 32x7x7 at the cut; cut it at ``pool2``."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
@@ -81,3 +137,10 @@ def step_network(classes: int) -> nn.Sequential:
         head=nn.Linear(64 * 3 * 3, classes),
     )
     return nn.Sequential(layers)
+
+
+def _check_grid(grid: Sequence[int]) -> None:
+    if len(grid) not in (1, 2):
+        raise ModelError(f"grid {tuple(grid)} has {len(grid)} axes: networks for 1 (signal) and 2 (image) exist")
+    if min(grid) < 4:
+        raise ModelError(f"grid {tuple(grid)} is too small: at least 4 cells an axis are needed")

@@ -1,7 +1,6 @@
 """What a profile switches on, on the device and on the server; a bundle names its profile.
 
-``hardened`` (a frozen front with a small, bounded, noisy code) will stand beside these two as another entry
-with its own front; nothing else here asks for a profile by name.
+Nothing here or elsewhere asks for a profile by name: what makes one different from another stands in its entry.
 """
 
 from __future__ import annotations
@@ -17,7 +16,10 @@ from server_sdk.reference.perturbation import Perturbation
 from server_sdk.reference.specification import ModelSpec
 from server_sdk.streams import STREAMS
 
-__all__ = ["PROFILES", "Profile", "ServerPart"]
+__all__ = ["PROFILES", "REFERENCE", "Profile", "ServerPart"]
+
+REFERENCE = "server_sdk.reference.networks:reference_network"
+"""The network of every profile that names no other."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,53 @@ class Profile:
         streams: what the server trains.
         about: one sentence for ``--help``.
         noise: standard deviation of the noise that the device adds to its activations.
+        noise_kind: its distribution, ``gaussian`` or ``laplace``.
+        bits: of an activation on the wire, 0 for floats. Where the front is trained, its gradient passes the rounding
+            as if it were not there (straight-through: Bengio, Leonard and Courville, arXiv 1308.3432).
+        span: range of what ``bits`` say; None: of each message.
+        bound: no activation is larger in magnitude before the noise, 0 for no bound.
+        frozen: the front is trained before it is exported, and never on the device.
+        factory, cut: the network where none is given, as in ``ModelSpec``; the factory takes ``in_channels``, ``grid``
+            and ``classes``.
     """
 
     perturbation: Perturbation | None
     streams: tuple[str, ...]
     about: str
     noise: float = 0.0
+    noise_kind: str = "gaussian"
+    bits: int = 0
+    span: tuple[float, float] | None = None
+    bound: float = 0.0
+    frozen: bool = False
+    factory: str = REFERENCE
+    cut: str = "relu2"
 
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "vanilla": Profile(None, ("attacked",), "plain split learning, the baseline of every table"),
         "gaussian": Profile(None, ("attacked",), "Gaussian noise on the activations, a baseline", noise=1.0),
+        "laplace": Profile(
+            None, ("attacked",), "Laplace noise on the activations, a baseline", noise=1.0, noise_kind="laplace"
+        ),
+        "quantised": Profile(None, ("attacked",), "activations in 4 bits each, a baseline", bits=4),
         "paper": Profile(
             Perturbation("sign", 0.2),
             STREAMS,
             "reversed JSMA on the device, recovery and fusion on the server",
+        ),
+        "hardened": Profile(
+            None,
+            ("attacked",),
+            "a frozen front with a short, bounded, noisy code in 4 bits a value",
+            noise=1.0,
+            bits=4,
+            span=(-3.0, 3.0),
+            bound=1.0,
+            frozen=True,
+            factory="server_sdk.reference.networks:hardened_network",
+            cut="tanh",
         ),
     }
 )

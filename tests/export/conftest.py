@@ -62,8 +62,8 @@ def step() -> Callable[..., Arrays]:
     def run_both(
         run: Callable[[bytes, Mapping[str, np.ndarray]], Arrays], graphs: GraphSet, feeds: Mapping[str, np.ndarray]
     ) -> Arrays:
-        known = dict(feeds) | run(graphs.prepare, feeds)
-        known |= run(graphs.backward, known)
+        known = dict(feeds) | run(graphs.step.prepare, feeds)
+        known |= run(graphs.step.backward, known)
         return {f"next.{name}": known[f"next.{name}"] for name in graphs.tensors}
 
     return run_both

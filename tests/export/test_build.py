@@ -92,7 +92,7 @@ def test_the_check_before_writing_finds_a_wrong_graph(wrong: str, guide: Guide) 
                 optimizer=Optimizer("adam", learning_rate=0.2),
             )
             check_parity(
-                replace(graphs, prepare=adam.prepare, backward=adam.backward, tensors=adam.tensors),
+                replace(graphs, step=replace(adam.step, train=graphs.step.train), tensors=adam.tensors),
                 input_shape=(1, 8, 8),
                 downsample=2,
                 **(arguments | {"optimizer": replace(given, momentum=0.0)}),

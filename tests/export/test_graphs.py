@@ -167,7 +167,7 @@ def test_perturbation(built, run, close, name: str, batch: int) -> None:
     guide = copy.deepcopy(setting.guide).double()
     logits, saliency = _saliency(guide, torch.from_numpy(x).double(), torch.from_numpy(label))
     wanted = _scaled(saliency, setting.perturbation.normalisation, 0.15)
-    for graph in (built[name].train, built[name].infer):
+    for graph in (built[name].step.train, built[name].infer):
         got = run(graph, _forward_feeds(setting, built[name], x, label, 0.15))
         close(got["guide"], logits, "guide")
         # float32 cannot tell the sign of a slope that is a rounding error
@@ -183,7 +183,7 @@ def test_perturbation(built, run, close, name: str, batch: int) -> None:
 def test_activations(built, run, close, name: str, batch: int) -> None:
     setting = SETTINGS[name]
     x, label = _draw(setting, batch, seed=1), _labels(batch)
-    for graph, training in ((built[name].train, True), (built[name].infer, False)):
+    for graph, training in ((built[name].step.train, True), (built[name].infer, False)):
         got = run(graph, _forward_feeds(setting, built[name], x, label, 0.2))
         seen = _seen(
             torch.from_numpy(got.get("perturbed", x)).double(),
@@ -197,10 +197,10 @@ def test_activations(built, run, close, name: str, batch: int) -> None:
 @pytest.mark.parametrize("name", PERTURBED)
 def test_the_guide_predicts_where_no_label_is_given(built, run_fast, name: str) -> None:
     setting, x = SETTINGS[name], _draw(SETTINGS[name], 8)
-    blind = run_fast(built[name].train, _forward_feeds(setting, built[name], x, np.full(8, -1), 0.2))
+    blind = run_fast(built[name].step.train, _forward_feeds(setting, built[name], x, np.full(8, -1), 0.2))
     predicted = blind["guide"].argmax(1)
-    told = run_fast(built[name].train, _forward_feeds(setting, built[name], x, predicted, 0.2))
-    other = run_fast(built[name].train, _forward_feeds(setting, built[name], x, (predicted + 1) % CLASSES, 0.2))
+    told = run_fast(built[name].step.train, _forward_feeds(setting, built[name], x, predicted, 0.2))
+    other = run_fast(built[name].step.train, _forward_feeds(setting, built[name], x, (predicted + 1) % CLASSES, 0.2))
     np.testing.assert_array_equal(blind["map"], told["map"])
     assert (blind["map"] != other["map"]).any()
 
@@ -208,7 +208,7 @@ def test_the_guide_predicts_where_no_label_is_given(built, run_fast, name: str) 
 @pytest.mark.parametrize("name", PERTURBED)
 def test_epsilon_zero_changes_nothing(built, run, name: str) -> None:
     setting, x = SETTINGS[name], _draw(SETTINGS[name], 3)
-    got = run(built[name].train, _forward_feeds(setting, built[name], x, _labels(3), 0.0))
+    got = run(built[name].step.train, _forward_feeds(setting, built[name], x, _labels(3), 0.0))
     np.testing.assert_array_equal(got["perturbed"], x)
     np.testing.assert_array_equal(got["map"], np.zeros_like(x))
 
@@ -217,7 +217,7 @@ def test_epsilon_zero_changes_nothing(built, run, name: str) -> None:
 def test_an_all_zero_map_stays_zero(built, run, name: str) -> None:
     setting, x = SETTINGS[name], _draw(SETTINGS[name], 3)
     label = np.array([0, CLASSES + 7, 1])  # no such class: alpha is zero, and with it the map
-    got = run(built[name].train, _forward_feeds(setting, built[name], x, label, 0.2))
+    got = run(built[name].step.train, _forward_feeds(setting, built[name], x, label, 0.2))
     np.testing.assert_array_equal(got["map"][1], np.zeros_like(x[1]))
     np.testing.assert_array_equal(got["perturbed"][1], x[1])
     assert np.isfinite(got["map"]).all() and got["map"][0].any() and got["map"][2].any()
@@ -253,7 +253,7 @@ def test_training_steps(built, run, step, close, name: str) -> None:
     for number, batch in enumerate((3, 1, 8, 3, 3)):
         x = _draw(setting, batch, seed=number)
         feeds = {**carried, "x": x, "label": _labels(batch), "epsilon": np.array(0.2, np.float32)}
-        feeds |= run(built[name].train, feeds)
+        feeds |= run(built[name].step.train, feeds)
         out = front(_shown(setting, feeds))
         close(feeds["activations"], out, f"activations of step {number}", relative=1e-4)
         gradient = generator.standard_normal(out.shape).astype(np.float32)
@@ -279,7 +279,7 @@ def test_front_gradient_matches_finite_differences(built, run_fast, step, name: 
     setting, graphs = SETTINGS[name], built[name]
     x, generator = _draw(setting, 3, seed=4), np.random.default_rng(2)
     feeds = {**graphs.tensors, "x": x, "label": _labels(3), "epsilon": np.array(0.2, np.float32)}
-    feeds |= run_fast(graphs.train, feeds)
+    feeds |= run_fast(graphs.step.train, feeds)
     seen = _shown(setting, feeds)
     front = copy.deepcopy(setting.front).double().train()
     gradient = generator.standard_normal(front(seen).shape).astype(np.float32)
@@ -320,7 +320,7 @@ def test_names_shapes_and_operators(built, name: str) -> None:
     assert all(tensor.dtype == np.float32 for tensor in graphs.tensors.values())
     batched = {"x", "label", "perturbed", "map", "gradient", "activations", "guide"}
     for kind, (inputs, outputs) in wanted.items():
-        model = onnx.load_from_string(getattr(graphs, kind))
+        model = onnx.load_from_string(graphs.by_name[kind])
         public = [v for v in (*model.graph.input, *model.graph.output) if v.name[:2] not in ("f.", "r.")]
         taken = [value.name for value in model.graph.input if value in public]
         given = [value.name for value in model.graph.output if value in public]
@@ -353,9 +353,7 @@ def test_the_same_front_gives_the_same_bytes_and_is_left_alone(built) -> None:
     setting = SETTINGS["vanilla_downsampled"]
     before = copy.deepcopy(setting.front.state_dict())
     again = setting.build()
-    assert again.train == built["vanilla_downsampled"].train and again.infer == built["vanilla_downsampled"].infer
-    assert again.prepare == built["vanilla_downsampled"].prepare
-    assert again.backward == built["vanilla_downsampled"].backward
+    assert again.step == built["vanilla_downsampled"].step and again.infer == built["vanilla_downsampled"].infer
     for key, value in setting.front.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -388,7 +386,7 @@ def test_drawn_shapes(run_fast, step, close, channels: int, grid: list[int], bat
     setting = Setting(front, guide, shape, Perturbation("sign", 0.2), 2, Optimizer("sgd", 0.1))
     graphs = setting.build()
     x = _draw(setting, batch, seed=batch)
-    got = run_fast(graphs.train, _forward_feeds(setting, graphs, x, _labels(batch), 0.2))
+    got = run_fast(graphs.step.train, _forward_feeds(setting, graphs, x, _labels(batch), 0.2))
     _, saliency = _saliency(
         copy.deepcopy(guide).double(), torch.from_numpy(x).double(), torch.from_numpy(_labels(batch))
     )
