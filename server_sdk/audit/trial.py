@@ -117,6 +117,8 @@ def train(
 ) -> Trained:
     """Train as a hospital would: the server's and the device's own commands, over a broker.
 
+    A frozen front stays as the bundle has it.
+
     Raises:
         ServerError: a process gave up.
         BundleError, ModelError: a bundle or weights that cannot be used.
@@ -140,7 +142,8 @@ def train(
         raise ServerError(f"the fleet ended without an evaluation: see the logs in {trial.folder}")
     path = trial.folder / "device-1.front.cbor"
     try:
-        front = FrontState(trial.rounds, unpack_tensors(path.read_bytes()))
+        version = 0 if bundle.manifest.frozen else trial.rounds
+        front = FrontState(version, unpack_tensors(path.read_bytes()))
     except (OSError, WireError) as exc:
         raise ServerError(f"the trained front {path} cannot be read: {exc}") from exc
     server = trainer_from(bundle, back_path(trial.bundle), rounds=trial.rounds)
@@ -180,8 +183,9 @@ def attack(
     fitting = [
         each
         for each in attacks
-        # Without noise all sends of a sample are one and the same.
-        if each.fits(manifest.cut_shape, twin=trained.twin is not None) and (each.sends == 1 or manifest.noise)
+        # Without noise all sends of a sample are one and the same, and so they are under one version of the front.
+        if each.fits(manifest.cut_shape, twin=trained.twin is not None)
+        and (each.sends == 1 or (manifest.noise and not manifest.frozen))
     ]
     plain = next((each for each in attacks if isinstance(each, LearnedDecoder) and each.kind == "mlp"), None)
     if plain is None or not fitting:

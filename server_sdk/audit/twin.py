@@ -23,7 +23,7 @@ _PROBES = 4
 
 
 class Twin:
-    """What a victim sends, differentiable in x.
+    """What a victim sends, before noise and wire, differentiable in x.
 
     The perturbation is the victim's own, from its graph, and passes the gradient on as if it were not there: a ``sign``
     has none of its own. Source: Athalye, Carlini and Wagner, "Obfuscated Gradients Give a False Sense of Security",
@@ -56,12 +56,12 @@ class Twin:
         self._downsample = self._blocks(manifest.input_shape)
         probes = np.random.default_rng(0).random((_PROBES, *manifest.input_shape), dtype=np.float32)
         with torch.inference_mode():
-            mine, theirs = self.send(torch.from_numpy(probes)).numpy(), victim.send(probes, noise=0.0)
+            mine, theirs = self.send(torch.from_numpy(probes)).numpy(), victim.activations(probes)
         if np.abs(mine - theirs).max() > _TOLERANCE * max(float(np.abs(theirs).max()), 1.0):
             raise ModelError("the bundle's model does not compute what its graph computes: export it again")
 
     def send(self, x: Tensor) -> Tensor:
-        """Float32 (N, *input_shape) in [0, 1] to activations (N, *cut_shape), without noise and codec."""
+        """Float32 (N, *input_shape) in [0, 1] to activations (N, *cut_shape), without noise, codec and packing."""
         seen = front_input(x, None, self._downsample)
         if self._perturbs:
             perturbed, moved = self._victim.perturb(x.detach().numpy())

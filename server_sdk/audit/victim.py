@@ -25,7 +25,7 @@ class Victim:
     Args:
         bundle: of the device.
         front: its tensors, trained or as shipped.
-        codec: of the activations on the wire, ``float32`` or ``float16``.
+        codec: of the activations on the wire, ``float32`` or ``float16``, unless the bundle packs them into few bits.
         key: of its noise, 32 bytes: the foe does not have the victim's.
 
     Raises:
@@ -62,9 +62,11 @@ class Victim:
         Args:
             x: (N, *input_shape), as ``as_batch`` takes it, N at least 1.
             epsilon: in place of the bundle's budget; 0 leaves the perturbation out.
-            noise: in place of the bundle's; 0 leaves it out.
+            noise: in place of the bundle's; 0 leaves it out, and nothing else: what is packed stays packed.
             sends: each sample is sent so often, under as many versions of a front whose weights stay; the mean is
-                returned.
+                returned. A frozen front has one version: all its sends of a sample are the same.
+
+        Where the bundle packs without a ``span``, the range is that of ``max_batch`` samples, sent together.
 
         Returns:
             float32 (N, *cut_shape).
@@ -76,6 +78,20 @@ class Victim:
         for later in range(1, sends):
             total = total + self._once(x, epsilon, noise, later)
         return total / np.float32(sends)
+
+    def activations(self, x: npt.NDArray[np.generic]) -> Array:
+        """What the front computes, before noise and wire; the perturbation is on.
+
+        Args:
+            x: as in ``send``.
+
+        Returns:
+            float32 (N, *cut_shape).
+
+        Raises:
+            BatchError: samples that the bundle does not take.
+        """
+        return np.concatenate([forward.activations for forward in self._forward(x, None, 0.0)])
 
     def perturb(self, x: npt.NDArray[np.generic]) -> tuple[Array, Array]:
         """What the device makes of its inputs before the front.
@@ -95,7 +111,11 @@ class Victim:
 
     def _once(self, x: npt.NDArray[np.generic], epsilon: float | None, noise: float | None, later: int) -> Array:
         parts = []
+        packing = self._bundle.manifest.packing
         for forward in self._forward(x, epsilon, noise, later):
+            if packing is not None:
+                parts.append(packing.apply(forward.activations))
+                continue
             sent, scale = compress(forward.activations, self._codec)
             parts.append(expand("activations", sent, scale))
         return np.concatenate(parts)
@@ -104,7 +124,8 @@ class Victim:
         self, x: npt.NDArray[np.generic], epsilon: float | None, noise: float | None, later: int = 0
     ) -> Iterator[Forward]:
         manifest = self._bundle.manifest
-        state = FrontState(self._state.version + later, self._state.tensors)
+        version = self._state.version + (0 if manifest.frozen else later)
+        state = FrontState(version, self._state.tensors)
         for start in range(0, len(x), manifest.max_batch):
             batch = as_batch(x[start : start + manifest.max_batch], manifest.input_shape, max_batch=manifest.max_batch)
             yield self._front.forward(state, batch, None, training=False, epsilon=epsilon, noise=noise)
