@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_sdk.bundle import MANIFEST, load_bundle, write_bundle
+from edge_sdk.codec import pack_tensors
 from edge_sdk.errors import BundleError
+from edge_sdk.packing import Packing
 
 Rewrite = Callable[[dict[str, bytes]], None]
 
@@ -43,6 +47,65 @@ def test_a_bundle_comes_back_as_it_was_written(built: dict[str, Any], tmp_path: 
     again = write_bundle(tmp_path / "again.psgl", paper.manifest, files)
     assert again == paper.id, "equal bundles have equal ids"
     assert (tmp_path / "again.psgl").read_bytes() == built["paper"].path.read_bytes()
+
+
+def test_a_frozen_bundle_holds_the_inference_alone(built: dict[str, Any], tmp_path: Path) -> None:
+    made = built["hardened"]
+    assert set(made.bundle.graphs) == set(made.bundle.manifest.graphs) == {"infer"}
+    assert made.bundle.manifest.packing == Packing(4, -3.0, 3.0)
+    with zipfile.ZipFile(made.path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist() if name != MANIFEST}
+    assert set(files) == {"infer.onnx", "initial.cbor"}
+    with pytest.raises(BundleError, match=r"holds no train\.onnx"):
+        write_bundle(tmp_path / "x", made.bundle.manifest, {**files, "train.onnx": b"x"})
+    with pytest.raises(BundleError, match=r"needs infer\.onnx"):
+        write_bundle(tmp_path / "x", made.bundle.manifest, {"initial.cbor": files["initial.cbor"]})
+    with pytest.raises(BundleError, match=r"needs train\.onnx"):
+        write_bundle(tmp_path / "x", replace(made.bundle.manifest, frozen=False), files)
+    with pytest.raises(BundleError, match=r"lacks train\.onnx: export it again"):
+        load_bundle(rewritten(made.path, tmp_path / "thawed", manifest(frozen=False)))
+    step = pack_tensors({**made.bundle.initial, "s.step": np.zeros((), np.float32)})
+    write_bundle(tmp_path / "stepping", made.bundle.manifest, {**files, "initial.cbor": step})
+    with pytest.raises(BundleError, match=r"frozen front has an optimizer's 's\.step'"):
+        load_bundle(tmp_path / "stepping")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_kind": "uniform"},
+        {"noise_kind": 1},
+        {"frozen": 1},
+        {"frozen": None},
+        {"bits": 3},
+        {"bits": True},
+        {"bits": 4.0},
+        {"span": [1.0]},
+        {"span": [0.0, 1.0, 2.0]},
+        {"span": [0, 1]},
+        {"span": [1.0, 0.0]},
+        {"span": [0.0, 0.1]},
+        {"span": "wide"},
+        {"bound": -1.0},
+        {"bound": "much"},
+    ],
+)
+def test_a_manifest_that_says_impossible_things_of_the_wire(
+    changes: dict[str, Any], built: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match="export the bundle again"):
+        load_bundle(rewritten(built["hardened"].path, tmp_path / "x", manifest(**changes)))
+
+
+@pytest.mark.parametrize("name", ["frozen", "noise_kind", "bits", "span", "bound"])
+def test_a_bundle_from_before_these_fields_is_refused(name: str, built: dict[str, Any], tmp_path: Path) -> None:
+    def without(files: dict[str, bytes]) -> None:
+        document = json.loads(files[MANIFEST])
+        del document[name]
+        files[MANIFEST] = json.dumps(document).encode()
+
+    with pytest.raises(BundleError, match=f"is incomplete .*{name}.*: export the bundle again"):
+        load_bundle(rewritten(built["vanilla"].path, tmp_path / "x", without))
 
 
 def test_cut_off_anywhere(built: dict[str, Any], tmp_path: Path) -> None:

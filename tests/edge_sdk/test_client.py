@@ -13,7 +13,8 @@ import pytest
 from edge_sdk import topics
 from edge_sdk.batch import Samples
 from edge_sdk.client import EdgeClient
-from edge_sdk.errors import BatchError, RefusedError, TransportError
+from edge_sdk.errors import BatchError, ConfigError, RefusedError, TransportError
+from edge_sdk.front import Front
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.wire import Assembler, Limits, Message, decode_frame, encode
 
@@ -133,6 +134,55 @@ def test_a_refusal_names_its_reason_and_leaves_the_front(reason: str, built: dic
             client.train_step(batch.x, batch.y)
         assert caught.value.reason == reason
         assert client.front.version == 0 and client.state.outbox == ()
+
+
+def test_a_frozen_front_stores_packs_and_counts(built: dict[str, Any], samples: Draw) -> None:
+    def answer(m: Message, n: int) -> list[Message]:
+        if m.kind == "store":
+            return [Message("stored", m.run, m.session, m.step, {"samples": 6}, {})]
+        count = len(m.tensors["activations"])
+        tensors = {"probabilities": np.full((count, 3), 1 / 3, np.float32), "class.attacked": np.zeros(count, np.int64)}
+        return [Message("decision", m.run, m.session, m.step, {}, tensors)]
+
+    broker, batch, made = MemoryBroker(), samples(6, 1), built["hardened"]
+    with scripted_server(broker, made.bundle.id, answer) as seen, make_client(broker, made) as client:
+        assert (client.samples_sent, client.bits_sent) == (0, 0.0)
+        client.store(batch.x, batch.y, first=0, total=6)
+        client.flush()
+        client.infer(batch.x[:4])
+        client.infer(batch.x[:4])
+        with pytest.raises(ConfigError, match="--fronts frozen"):
+            client.train_step(batch.x, batch.y)
+        assert client.samples_sent == 14, "each send counts, also of what was sent before"
+        assert client.bits_sent == pytest.approx(14 * 16.0)
+    stored, first, second = (message.tensors["activations"] for message in seen)
+    assert np.array_equal(first, second) and np.array_equal(stored[:4], first), "the same bytes again"
+    assert len(np.unique(stored)) <= 16 and stored.min() >= -3 and stored.max() <= 3
+
+
+def test_without_a_bound_no_bits_are_claimed(built: dict[str, Any], samples: Draw) -> None:
+    broker, batch = MemoryBroker(), samples(6, 1)
+    with scripted_server(broker, built["vanilla"].bundle.id, lambda m, n: [gradient_for(m)]):
+        with make_client(broker, built["vanilla"]) as client:
+            client.train_step(batch.x, batch.y)
+            assert client.samples_sent == 6 and client.bits_sent is None
+
+
+def test_quantised_activations_are_trained_straight_through(built: dict[str, Any], samples: Draw) -> None:
+    broker, batch, made = MemoryBroker(), samples(6, 1), built["quantised"]
+    with scripted_server(broker, made.bundle.id, lambda m, n: [gradient_for(m)]) as seen:
+        with make_client(broker, made) as client:
+            before = client.front
+            assert client.train_step(batch.x, batch.y) is not None
+            values = int(np.prod(made.bundle.manifest.cut_shape))
+            assert client.bits_sent == 6 * (4 * values + 64)
+    assert len(np.unique(seen[0].tensors["activations"])) <= 16
+    front = Front(made.bundle)
+    x = batch.x.astype(np.float32) / 255
+    forward = front.forward(before, x, None, training=True)
+    gradient = np.full_like(forward.activations, 0.01)
+    after = front.backward(before, front.prepare(before, forward), gradient, rate=made.bundle.manifest.learning_rate)
+    assert all(np.array_equal(value, client.front.tensors[name]) for name, value in after.tensors.items())
 
 
 def test_a_run_that_has_all_its_rounds_is_no_error(built: dict[str, Any], samples: Draw) -> None:

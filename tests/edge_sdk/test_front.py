@@ -55,6 +55,36 @@ def test_backward_returns_a_new_state_and_leaves_the_old(profile: str, built: di
     assert all(np.array_equal(again.tensors[name], value) for name, value in after.tensors.items())
 
 
+def test_a_frozen_front_infers_and_nothing_else(built: dict[str, Any], samples: Draw) -> None:
+    front = Front(built["hardened"].bundle, noise_key=bytes(32))
+    state, x = front.initial_state(), batch(samples)
+    forward = front.forward(state, x, None, training=False)
+    assert forward.activations.shape == (6, 32)
+    bare = front.forward(state, x, None, training=False, noise=0.0).activations
+    assert np.abs(bare).max() <= 1 and abs((forward.activations - bare).std() - 1) < 0.15
+    for attempt in (
+        lambda: front.forward(state, x, None, training=True),
+        lambda: front.prepare(state, forward),
+        lambda: front.backward(state, forward, forward.activations, rate=0.1),
+    ):
+        with pytest.raises(ConfigError, match="hand samples over with store"):
+            attempt()
+
+
+def test_laplace_noise_is_the_bundles(built: dict[str, Any], samples: Draw) -> None:
+    drawn = {}
+    for profile in ("gaussian", "laplace"):
+        front = Front(built[profile].bundle, noise_key=bytes(32))
+        state, x = front.initial_state(), batch(samples)
+        noisy, bare = (front.forward(state, x, None, training=False, noise=s).activations for s in (None, 0.0))
+        drawn[profile] = (noisy - bare).ravel()
+        assert abs(drawn[profile].std() - 1) < 0.1
+    heavy, light = (
+        float(np.mean(drawn[kind] ** 4) / np.mean(drawn[kind] ** 2) ** 2) for kind in ("laplace", "gaussian")
+    )
+    assert heavy > 4.5 and 2.5 < light < 3.5, "kurtosis is 6 and 3"
+
+
 def test_an_exploding_step_is_refused(built: dict[str, Any], samples: Draw) -> None:
     front = Front(built["vanilla"].bundle)
     state = front.initial_state()

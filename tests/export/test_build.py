@@ -11,18 +11,29 @@ import pytest
 import torch
 
 from edge_sdk.bundle import load_bundle
+from edge_sdk.front import Front
 from export.build import BuildOptions, build_bundle, class_names
 from export.errors import ExportError
 from export.graphs import Optimizer, build_graphs
 from export.parity import check_parity
-from server_sdk.assembly import back_path
+from server_sdk.assembly import back_path, trainer_from
 from server_sdk.errors import ModelError
 from server_sdk.reference.guide import Guide
-from server_sdk.reference.perturbation import Perturbation
+from server_sdk.reference.perturbation import Perturbation, front_input
+from server_sdk.reference.profiles import PROFILES, ServerPart
 from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.reference.split import split
 
 OPTIONS = BuildOptions("vanilla", (1, 8, 8), class_names(3))
+HARDENED = ModelSpec(
+    "server_sdk.reference.networks:hardened_network",
+    {"in_channels": 4, "grid": [4, 4], "classes": 3, "widths": [4, 4, 6, 6], "hidden": 8},
+    "tanh",
+)
+SPEC: dict[str, Any] = {
+    "factory": "server_sdk.reference.networks:reference_network",
+    "arguments": {"in_channels": 5, "grid": [4, 4], "classes": 3},
+}
 
 
 def test_equal_seeds_give_equal_bundles(built: dict[str, Any], tmp_path: Path) -> None:
@@ -48,10 +59,74 @@ def test_what_cannot_be_exported(tmp_path: Path, guide: Guide) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-SPEC: dict[str, Any] = {
-    "factory": "server_sdk.reference.networks:reference_network",
-    "arguments": {"in_channels": 5, "grid": [4, 4], "classes": 3},
-}
+FROZEN = BuildOptions("hardened", (1, 8, 8), class_names(3), model=HARDENED)
+
+
+def test_a_trained_network_goes_into_the_bundle_and_beside_it(tmp_path: Path) -> None:
+    network = build(HARDENED, 5)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.running_mean.uniform_(-1, 1)
+            layer.running_var.uniform_(0.5, 2)
+    kept = {name: value.clone() for name, value in network.state_dict().items()}
+    made = build_bundle(tmp_path / "net.psgl", FROZEN, None, network=network)
+    assert network.training and all(torch.equal(value, kept[name]) for name, value in network.state_dict().items())
+    bundle = load_bundle(made.bundle)
+    manifest = bundle.manifest
+    assert (manifest.frozen, manifest.noise, manifest.noise_kind, manifest.bits) == (True, 1.0, "gaussian", 4)
+    assert (manifest.span, manifest.bound, manifest.cut_shape) == ((-3.0, 3.0), 1.0, (32,))
+    assert set(bundle.graphs) == {"infer"} and not any(name.startswith("s.") for name in bundle.initial)
+    x = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
+    front = Front(bundle, noise_key=bytes(32))
+    sent = front.forward(front.initial_state(), x, None, training=False, noise=0.0).activations
+    whole = network.eval()
+    with torch.no_grad():
+        seen = front_input(torch.from_numpy(x), None, 2)
+        activations = split(whole, "tanh")[0](seen)
+        assert np.allclose(sent, activations.numpy(), atol=1e-5) and np.abs(sent).max() <= 1
+        wanted = torch.softmax(whole(seen), dim=1)
+    trainer = trainer_from(bundle, back_path(made.bundle), rounds=3)
+    assert np.allclose(trainer.decide(sent).probabilities, wanted.numpy(), atol=1e-5), "the back begins trained"
+    assert ServerPart.from_manifest(manifest.server).streams == ("attacked",)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "trained before it is exported"),
+        ({"profile": "vanilla", "model": None, "frozen": True}, "trained before it is exported"),
+    ],
+)
+def test_a_frozen_front_needs_a_trained_network(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=words):
+        build_bundle(tmp_path / "x", replace(FROZEN, **options), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 3}, "bits=3"),
+        ({"span": (1.0, 1.0)}, "range"),
+        ({"span": (0.0, 1e60)}, "range"),
+        ({"noise_kind": "uniform"}, "gaussian, laplace"),
+        ({"noise": -1.0}, "at least 0"),
+        ({"bound": 0.5}, "ends in Tanh, which does not keep activations within 0.5"),
+        ({"model": replace(HARDENED, cut="codebn")}, "ends in BatchNorm1d"),
+        ({"model": ModelSpec(HARDENED.factory, {**HARDENED.arguments, "code": 8}, "tanh")}, "not the one"),
+    ],
+)
+def test_a_hardened_front_that_cannot_be(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=words):
+        build_bundle(tmp_path / "x", replace(FROZEN, **options), None, network=build(HARDENED, 5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_in_the_place_of_the_profiles(tmp_path: Path) -> None:
+    options = replace(OPTIONS, noise=0.5, noise_kind="laplace", bits=2, span=(-0.1, 0.7))
+    manifest = load_bundle(build_bundle(tmp_path / "x.psgl", options, None).bundle).manifest
+    assert (manifest.noise, manifest.noise_kind, manifest.bits) == (0.5, "laplace", 2)
+    assert manifest.span == (float(np.float32(-0.1)), float(np.float32(0.7)))
+    assert not manifest.frozen and manifest.bound == 0
 
 
 @pytest.mark.parametrize("wrong", ["weights", "guide", "epsilon", "optimizer"])

@@ -44,6 +44,17 @@ def test_a_refused_layer_is_named_with_the_reason(layer: nn.Module, reason: str)
         check_layers(front)
 
 
+def test_a_frozen_front_may_have_what_needs_no_gradient() -> None:
+    layers = (nn.Dropout(0.3), nn.AdaptiveAvgPool2d(2), nn.Conv2d(1, 1, 3, padding="same"), nn.MaxPool2d(3, stride=2))
+    check_layers(nn.Sequential(*layers, nn.BatchNorm2d(2, momentum=None)), frozen=True)
+    with pytest.raises(ExportError, match="track_running_stats"):
+        check_layers(nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)), frozen=True)
+    layer = _Own()
+    layer.register_buffer("scale", torch.ones(3))
+    with pytest.raises(ExportError, match="buffer 'scale'"):
+        check_layers(nn.Sequential(layer), frozen=True)
+
+
 def test_a_buffer_outside_batch_norm_is_refused() -> None:
     layer = _Own()
     layer.register_buffer("scale", torch.ones(3))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.body import from_body, to_body
-from edge_sdk.wire import Message
+from edge_sdk.wire import Message, Packing
 from server_sdk.activations import ActivationStore
 from server_sdk.errors import LogError
 from server_sdk.log import Log, Place
@@ -35,7 +35,7 @@ def message(count: int, first: int, total: int, *, step: int = 1, seed: int = 0,
     return Message("store", "r", session, step, {"front": 0, "first": first, "total": total}, tensors)
 
 
-def add(store: ActivationStore, log: Log, device: str, sent: Message, codec: str = "float32") -> Message:
+def add(store: ActivationStore, log: Log, device: str, sent: Message, codec: str | Packing = "float32") -> Message:
     """As the run does it: the body goes into the log, the store takes its place. Returns what the server decoded."""
     body = to_body(sent, codec)
     decoded = from_body(body)
@@ -51,8 +51,10 @@ def epoch(store: ActivationStore) -> list[tuple[Any, Any, Any]]:
     return batches
 
 
-@pytest.mark.parametrize("codec", ["float32", "float16"])
-def test_what_comes_out_is_what_was_decoded_to_the_bit(codec: str, log: Log) -> None:
+@pytest.mark.parametrize(
+    "codec", ["float32", "float16", Packing(1), Packing(2, -1.0, 1.0), Packing(4), Packing(8, -2.0, 2.0)], ids=str
+)
+def test_what_comes_out_is_what_was_decoded_to_the_bit(codec: str | Packing, log: Log) -> None:
     store = ActivationStore(seed=1, batch=5, weights="equal")
     parts = [
         add(store, log, "a", message(4, 0, 10), codec),

@@ -28,6 +28,19 @@ def test_the_first_stream_starts_from_the_exported_weights_and_no_two_alike(buil
     assert all(torch.equal(value, again[name]) for name, value in state.items())
 
 
+def test_a_vector_cut(built: dict[str, Any]) -> None:
+    made = built["hardened"]
+    trainer = made.trainer()
+    assert (trainer.cut, trainer.classes, trainer.streams.names) == ((32,), 3, ("attacked",))
+    manifest = made.bundle.manifest
+    recovered = replace(manifest, server={**manifest.server, "streams": ["attacked", "recovered"]})
+    with pytest.raises(ModelError, match="use the stream attacked alone"):
+        trainer_from(replace(made.bundle, manifest=recovered), back_path(made.path), rounds=1)
+    volume = replace(manifest, cut_shape=(4, 2, 2, 2))
+    with pytest.raises(ModelError, match="at most two spatial axes"):
+        trainer_from(replace(made.bundle, manifest=volume), back_path(made.path), rounds=1)
+
+
 def test_weights_that_are_not_this_bundles(built: dict[str, Any], tmp_path: Path) -> None:
     bundle = built["paper"].bundle
     with pytest.raises(ModelError, match="not readable"):

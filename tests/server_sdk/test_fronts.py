@@ -13,11 +13,12 @@ import pytest
 
 from edge_sdk.batch import Samples
 from edge_sdk.client import EdgeClient
+from edge_sdk.errors import ConfigError
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
 from server_sdk.fronts import mean_front, next_holder, share_of
 from server_sdk.journal import Durability, Journal
-from server_sdk.plan import TrainingPlan
+from server_sdk.plan import TrainingPlan, fronts_for
 from server_sdk.segments import scan
 from server_sdk.service import TrainingService
 
@@ -136,18 +137,36 @@ def test_every_policy_learns_and_trains_each_step_once(
         assert turns == (["d0"] * 3 + ["d1"] * 3) * 4
 
 
+@pytest.mark.parametrize(("profile", "share"), [("vanilla", 0.7), ("hardened", 1.0)])
 def test_a_frozen_front_sends_each_sample_once_and_the_server_trains_from_its_log(
-    built: dict[str, Any], samples: Draw, tmp_path: Path
+    profile: str, share: float, built: dict[str, Any], samples: Draw, tmp_path: Path
 ) -> None:
     plan = TrainingPlan(devices=2, rounds=30, batch=6, fronts="frozen", codec="float32")
-    run = train(built["vanilla"], samples, plan, tmp_path)
+    run = train(built[profile], samples, plan, tmp_path)
     assert run.errors == []
     losses = [event["loss"] for event in run.events if event["event"] == "round"]
-    assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
+    assert len(losses) == 30 and losses[-1] < share * losses[0]
     stored = records(tmp_path, "step")
     assert len(stored) == 5 + 6, "30 and 36 samples in batches of 6"
-    initial = built["vanilla"].bundle.initial
+    initial = built[profile].bundle.initial
     assert all(np.array_equal(value, run.fronts["d0"][name]) for name, value in initial.items())
+
+
+@pytest.mark.parametrize("fronts", ["own", "shared", "relay"])
+def test_a_frozen_front_is_not_trained(fronts: str, built: dict[str, Any]) -> None:
+    assert fronts_for(built["vanilla"].bundle.manifest) == "own"
+    assert fronts_for(built["vanilla"].bundle.manifest, fronts) == fronts
+    manifest = built["hardened"].bundle.manifest
+    assert fronts_for(manifest) == fronts_for(manifest, "frozen") == "frozen"
+    with pytest.raises(ConfigError, match="use --fronts frozen"):
+        fronts_for(manifest, fronts)
+    with pytest.raises(ConfigError, match="use --fronts frozen"):
+        TrainingService(
+            built["hardened"].bundle,
+            built["hardened"].trainer(),
+            MemoryTransport(MemoryBroker(), "s"),
+            TrainingPlan(1, 1, fronts=fronts),
+        )
 
 
 @pytest.mark.parametrize(("schedule", "fronts"), [("rounds", "own"), ("rounds", "shared"), ("rounds", "relay")])

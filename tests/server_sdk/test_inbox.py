@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_sdk import topics
 from edge_sdk.transport import Received
-from edge_sdk.wire import Limits, Message, encode
+from edge_sdk.wire import Limits, Message, Packing, encode
 from server_sdk.inbox import Arrival, Flood, Gap, Inbox, Refusal
 from server_sdk.rates import RateLimits, Rates
 
@@ -32,6 +32,25 @@ def deliver(to: Inbox, message: Message, topic: str = "psgl/v1/ward/up/d1/step",
     for frame in encode(message, chunk_bytes=chunk_bytes):
         taken = to.take(Received(topic, frame, False, lambda: None))
     return taken
+
+
+@pytest.mark.parametrize("bits", [0, 1, 4, 8])
+def test_vectors_in_few_bits_arrive_and_are_screened(bits: int) -> None:
+    box = Inbox("ward", "run-1", (5,), classes=3, max_batch=8)
+    codec: Any = Packing(bits, -2.0, 2.0) if bits else "float32"
+    values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+
+    def sent(shape: tuple[int, ...], codec: Any) -> Any:
+        tensors = {"activations": np.resize(values, (3, *shape)), "labels": np.zeros(3, np.int64)}
+        message = Message("train", "run-1", "s", 1, {"front": 0}, tensors)
+        (frame,) = encode(message, codec=codec)
+        return box.take(Received(topics.up_step("ward", "d1"), frame, False, lambda: None))
+
+    taken = sent((5,), codec)
+    assert isinstance(taken, Arrival) and taken.message.tensors["activations"].shape == (3, 5)
+    assert isinstance(refused := sent((5, 1), codec), Refusal) and refused.reason == "shape"
+    wide = sent((5,), Packing(bits, -1e7, 1e7)) if bits == 1 else None
+    assert wide is None or (isinstance(wide, Refusal) and wide.reason == "range")
 
 
 def test_a_step_in_chunks_arrives_whole_under_the_topics_name() -> None:

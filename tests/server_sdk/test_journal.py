@@ -33,6 +33,7 @@ FRONTS = {
     "shared": replace(PLAN, fronts="shared", synchronise_every=3),
     "relay": replace(PLAN, fronts="relay", synchronise_every=2),
     "frozen": replace(PLAN, fronts="frozen"),
+    "hardened": replace(PLAN, fronts="frozen"),
     "async": replace(PLAN, schedule="async"),
 }
 
@@ -141,20 +142,19 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("where", ["before", "written", "applied"])
-@pytest.mark.parametrize("fronts", ["own", "shared", "frozen"])
+@pytest.mark.parametrize("fronts", ["own", "shared", "frozen", "hardened"])
 def test_crashes_at_any_record_change_nothing(
     fronts: str, where: str, built: dict[str, Any], samples: Draw, tmp_path: Path
 ) -> None:
     plan = FRONTS[fronts]
-    if fronts == "frozen":
+    bundle = built[fronts if fronts == "hardened" else "paper"]
+    if plan.fronts == "frozen":
         plan = replace(plan, devices=1)  # the order of arrival of two devices' samples is the network's
-    quiet = run_with_crashes(built["paper"], samples, plan, tmp_path / "quiet", [])
-    shaken = run_with_crashes(
-        built["paper"], samples, plan, tmp_path / "shaken", [(at, where) for at in (4, 2, 3, 7, 1, 5)]
-    )
-    assert quiet.errors == shaken.errors == [] and shaken.lives >= (2 if fronts == "frozen" else 5)
+    quiet = run_with_crashes(bundle, samples, plan, tmp_path / "quiet", [])
+    shaken = run_with_crashes(bundle, samples, plan, tmp_path / "shaken", [(at, where) for at in (4, 2, 3, 7, 1, 5)])
+    assert quiet.errors == shaken.errors == [] and shaken.lives >= (2 if plan.fronts == "frozen" else 5)
     assert shaken.figures["rounds"] == 8 and trained_once(tmp_path / "shaken")
-    if fronts != "frozen":
+    if plan.fronts != "frozen":
         assert same(quiet.weights, shaken.weights)
         assert all(same(quiet.fronts[name], shaken.fronts[name]) for name in ("d0", "d1"))
 
@@ -163,22 +163,22 @@ def test_crashes_at_any_record_change_nothing(
 def test_every_prefix_of_the_log_replays_to_the_same_bits(
     fronts: str, built: dict[str, Any], samples: Draw, tmp_path: Path
 ) -> None:
-    plan = FRONTS[fronts]
-    outcome = run_with_crashes(built["vanilla"], samples, plan, tmp_path, [])
+    plan, bundle = FRONTS[fronts], built[fronts if fronts == "hardened" else "vanilla"]
+    outcome = run_with_crashes(bundle, samples, plan, tmp_path, [])
     assert outcome.errors == []
     items = list(scan(tmp_path / "log"))
     kept = Journal.kept(tmp_path)
     assert kept is not None
 
     def fresh() -> TrainingRun:
-        return TrainingRun(kept.run, built["vanilla"].bundle.id, built["vanilla"].trainer(plan.rounds), plan)
+        return TrainingRun(kept.run, bundle.bundle.id, bundle.trainer(plan.rounds), plan)
 
     def finish(run: TrainingRun) -> dict[str, Any]:
         for record, place in items[run.position :]:
             run.apply(record, place)
         while run.store.ready and not run.over:
             run.train_stored()
-        while fronts == "frozen" and not run.over:
+        while plan.fronts == "frozen" and not run.over:
             run.store.begin_epoch()
         return dict(run._trainer.state_dict())
 
@@ -186,7 +186,7 @@ def test_every_prefix_of_the_log_replays_to_the_same_bits(
     sent: dict[int, list[Outgoing]] = {}
     for record, place in items:
         sent[record.position] = whole.apply(record, place)
-    if fronts != "frozen":
+    if plan.fronts != "frozen":
         assert same(outcome.weights, whole._trainer.state_dict())
     for cut in range(1, len(items), 5):
         before = fresh()

@@ -203,10 +203,19 @@ def test_refusals_name_the_remedy(options: dict[str, object], remedy: str) -> No
 
 
 def test_dimensions_are_checked() -> None:
-    with pytest.raises(ServerError, match="1 or 2 dimensions"):
+    with pytest.raises(ServerError, match="0 to 2 dimensions"):
         Streams(back, CHANNELS, 3)  # type: ignore[arg-type]
     with pytest.raises(ServerError, match="at least 1 channel"):
         Streams(back, 0, 2)
+
+
+def test_vectors_have_the_attacked_stream_alone() -> None:
+    streams = Streams(lambda: nn.Linear(CHANNELS, CLASSES), CHANNELS, 0, ("attacked",))
+    activations = torch.randn(5, CHANNELS)
+    assert torch.equal(streams(activations)["attacked"], streams.attacked(activations))
+    for names in (STREAMS, ("recovered",), ("attacked", "fused")):
+        with pytest.raises(ModelError, match="use the stream attacked alone, or a cut with spatial axes"):
+            Streams(lambda: nn.Linear(CHANNELS, CLASSES), CHANNELS, 0, names)
 
 
 def test_a_factory_that_shares_weights_is_refused() -> None:

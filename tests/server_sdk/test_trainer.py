@@ -365,6 +365,28 @@ def test_cut_is_learnt_from_the_first_batch_or_checked_at_once() -> None:
         Trainer(streams(), cut=(4, 9, 9))
 
 
+def test_vectors(tmp_path: Path) -> None:
+    def made() -> Trainer:
+        layers = (nn.Linear(CHANNELS, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))
+        return Trainer(
+            Streams(lambda: nn.Sequential(*map(copy.deepcopy, layers)), CHANNELS, 0, ("attacked",)), cut=(4,)
+        )
+
+    activations, labels = batch()[0][:, :, 0, 0], batch()[1]
+    first = made()
+    losses = [first.step(activations, labels).losses["attacked"] for _ in range(40)]
+    assert losses[-1] < losses[0] and first.step(activations, labels).gradient.shape == (8, CHANNELS)
+    assert first.decide(activations[:3]).probabilities.shape == (3, CLASSES)
+    first.save(tmp_path / "state")
+    second = made()
+    second.load(tmp_path / "state")
+    assert np.array_equal(first.step(activations, labels).gradient, second.step(activations, labels).gradient)
+    with pytest.raises(ServerError, match="give 4 channels and 0 spatial sizes"):
+        Trainer(first.streams, cut=(4, 1))
+    with pytest.raises(TrainingError, match="failed on 1 samples"):
+        first.step(activations[:1], labels[:1])  # BatchNorm of one vector
+
+
 def test_signals() -> None:
     def back1d() -> nn.Sequential:
         return nn.Sequential(nn.Conv1d(4, 5, 3, padding=1), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(40, 2))
