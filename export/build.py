@@ -32,7 +32,7 @@ from server_sdk.reference.profiles import PROFILES, Profile, ServerPart
 from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.reference.split import split
 
-__all__ = ["BuildOptions", "Built", "build_bundle", "class_names", "prepare_guide"]
+__all__ = ["BuildOptions", "Built", "build_bundle", "class_names", "model_of", "prepare_guide"]
 
 _BOUNDS: tuple[tuple[type[nn.Module], float], ...] = ((nn.Tanh, 1.0), (nn.Sigmoid, 1.0), (nn.ReLU6, 6.0))
 
@@ -135,21 +135,19 @@ def build_bundle(
         ModelError: the network cannot be built or split.
         BundleError: the file cannot be written.
     """
-    profile = PROFILES.get(options.profile)
-    if profile is None:
-        raise ExportError(f"there is no profile {options.profile!r}: use one of {', '.join(PROFILES)}")
+    profile = _profile(options.profile)
     perturbation = profile.perturbation
     if perturbation is not None and options.epsilon is not None:
         perturbation = type(perturbation)(perturbation.normalisation, options.epsilon)
-    wanted = _settings(options, profile)
-    model = options.model or _own_model(options, profile)
+    wanted, span = _settings(options, profile)
+    model = model_of(options)
     whole = build(model, options.seed)
     if network is not None:
         whole = _trained(whole, network)
     elif wanted.frozen:
         raise ExportError(
             f"profile {options.profile!r} has a frozen front, which must be trained before it is exported: "
-            "give build_bundle its trained network"
+            "give build_bundle what export.harden.train_network returns"
         )
     front, back = split(whole, model.cut)
     _check_bound(front, wanted.bound)
@@ -189,7 +187,7 @@ def build_bundle(
         noise_kind=wanted.noise_kind,
         frozen=wanted.frozen,
         bits=wanted.bits,
-        span=wanted.span,
+        span=span,
         bound=wanted.bound,
         max_batch=options.max_batch,
         server=part.as_manifest(),
@@ -204,24 +202,23 @@ def build_bundle(
     return Built(out, beside, bundle_id, worst)
 
 
-def _settings(options: BuildOptions, profile: Profile) -> Profile:
-    """The profile with what the options put in its place."""
-    names = ("noise", "noise_kind", "frozen", "bits", "span", "bound")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    wanted = replace(profile, **given)
-    if wanted.span is not None:
-        wanted = replace(wanted, span=(_float32(wanted.span[0]), _float32(wanted.span[1])))
+def _settings(options: BuildOptions, profile: Profile) -> tuple[Profile, tuple[float, float] | None]:
+    """The profile with what the options put in its place, and the range of few bits."""
+    names = ("noise", "noise_kind", "frozen", "bits", "bound")
+    wanted = replace(profile, **{name: value for name in names if (value := getattr(options, name)) is not None})
     if wanted.noise_kind not in NOISE_KINDS or wanted.noise < 0 or wanted.bound < 0:
         raise ExportError(
             f"noise {wanted.noise} ({wanted.noise_kind}), bound {wanted.bound}: give numbers of at least 0 and "
             f"one of {', '.join(NOISE_KINDS)}"
         )
+    span = wanted.span if options.span is None else options.span
+    span = None if span is None else (_float32(span[0]), _float32(span[1]))
     try:
         if wanted.bits:
-            Packing(wanted.bits, *(wanted.span or ()))
+            Packing(wanted.bits, *(span or ()))
     except ConfigError as exc:
         raise ExportError(f"activations cannot be packed so: {exc}") from exc
-    return wanted
+    return wanted, span
 
 
 def _float32(value: float) -> float:
@@ -251,12 +248,27 @@ def _check_bound(front: nn.Sequential, bound: float) -> None:
         )
 
 
-def _own_model(options: BuildOptions, profile: Profile) -> ModelSpec:
+def model_of(options: BuildOptions) -> ModelSpec:
+    """The network that is exported: the options' own, or the profile's for samples of this shape.
+
+    Raises:
+        ExportError: an unknown profile.
+    """
+    if options.model is not None:
+        return options.model
+    profile = _profile(options.profile)
     channels, *axes = options.input_shape
     grid = [size // options.downsample for size in axes]
     stacked = channels * options.downsample ** len(axes) + (1 if profile.perturbation else 0)
-    arguments = {"in_channels": stacked, "grid": grid, "classes": len(options.classes)}
+    arguments = {"in_channels": stacked, "grid": grid, "classes": len(options.classes), **profile.arguments}
     return ModelSpec(profile.factory, arguments, profile.cut)
+
+
+def _profile(name: str) -> Profile:
+    profile = PROFILES.get(name)
+    if profile is None:
+        raise ExportError(f"there is no profile {name!r}: use one of {', '.join(PROFILES)}")
+    return profile
 
 
 def _cut_shape(front: nn.Module, options: BuildOptions, *, perturbed: bool) -> tuple[int, ...]:

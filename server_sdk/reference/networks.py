@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -13,22 +12,26 @@ from server_sdk.errors import ModelError
 __all__ = ["hardened_network", "reference_network", "step_network"]
 
 
-def reference_network(in_channels: int, grid: Sequence[int], classes: int) -> nn.Sequential:
-    """The network of the ``paper`` profile; cut it at ``relu2``.
+def reference_network(in_channels: int, grid: Sequence[int], classes: int, rank: int = 0) -> nn.Sequential:
+    """The network of the ``paper`` profile; cut it at ``relu2``, or at ``filter`` where it has one.
 
-    Front: conv1 (3, 16) bn1 relu1 conv2 (3, 32) bn2 relu2, grid unchanged. Back: pool1, conv3 (64) bn3 relu3,
-    pool2, conv4 (64) bn4 relu4, pool3 to two cells an axis, flatten, head.
+    Front: conv1 (3, 16) bn1 relu1 conv2 (3, 32) bn2 relu2, grid unchanged, and with a ``rank`` the low-rank filter
+    ``filter``, a 1x1 convolution to so many channels. Back: pool1, conv3 (64) bn3 relu3, pool2, conv4 (64) bn4 relu4,
+    pool3 to two cells an axis, flatten, head.
 
     Args:
         in_channels: channels that reach the front, for instance ``4 * C + 1`` for an image with a map
             channel.
         grid: spatial extents that reach the front: ``(H, W)`` or ``(T,)``, each at least 4.
         classes: number of classes K.
+        rank: of the activations' channels, 0 for no filter.
 
     Raises:
-        ModelError: a grid of neither one nor two axes, or too small for the two pools.
+        ModelError: a grid of neither one nor two axes, or too small for the two pools; a negative rank.
     """
     _check_grid(grid)
+    if rank < 0:
+        raise ModelError(f"rank is {rank}: give 0 for no filter, or at least 1")
     image = len(grid) == 2
 
     def convolution(fan_in: int, fan_out: int) -> nn.Module:
@@ -48,8 +51,12 @@ def reference_network(in_channels: int, grid: Sequence[int], classes: int) -> nn
         conv2=convolution(16, 32),
         bn2=norm(32),
         relu2=nn.ReLU(),
+    )
+    if rank:
+        layers["filter"] = (nn.Conv2d if image else nn.Conv1d)(32, rank, 1, bias=False)
+    layers |= OrderedDict(
         pool1=pool(),
-        conv3=convolution(32, 64),
+        conv3=convolution(rank or 32, 64),
         bn3=norm(64),
         relu3=nn.ReLU(),
         pool2=pool(),
@@ -70,14 +77,14 @@ def hardened_network(
     code: int = 32,
     widths: Sequence[int] = (32, 48, 64, 64),
     dropout: float = 0.2,
-    hidden: int = 128,
     kernel: int | None = None,
+    cells: int = 2,
 ) -> nn.Sequential:
     """The network of the ``hardened`` profile, whose front ends in a short bounded vector; cut it at ``tanh``.
 
-    Front: four convolutions with BatchNorm and ReLU (conv2 and conv4 halve the grid, rounding up), dropout, flatten, a
-    linear layer ``code`` to ``code`` values, codebn, tanh: activations in (-1, 1). Back: head1 to ``hidden`` values,
-    headbn, headrelu, head.
+    Front: four convolutions with BatchNorm and ReLU (conv2 and conv4 halve the grid, rounding up), pool to ``cells`` an
+    axis, dropout, flatten, a linear layer ``code``, codebn, tanh: activations in (-1, 1). Back: head, linear, for more
+    would learn the noise of samples that are sent once.
 
     Args:
         in_channels: channels that reach the front.
@@ -86,37 +93,36 @@ def hardened_network(
         code: values at the cut.
         widths: channels of the four convolutions.
         dropout: share of the features that training leaves out before ``code``, in [0, 1).
-        kernel: of the convolutions, odd; None: 3 for images, 5 for signals.
+        kernel: of the convolutions, odd; None: 3 for images, 9 for signals.
+        cells: of the pooled grid along each axis.
 
     Raises:
         ModelError: a grid of neither one nor two axes or too small, or a size, share or kernel out of its range.
     """
     _check_grid(grid)
     image = len(grid) == 2
-    size = (3 if image else 5) if kernel is None else kernel
-    if len(widths) != 4 or min(*widths, code, hidden) < 1 or size < 1 or size % 2 == 0 or not 0 <= dropout < 1:
+    size = (3 if image else 9) if kernel is None else kernel
+    if len(widths) != 4 or min(*widths, code, cells) < 1 or size < 1 or size % 2 == 0 or not 0 <= dropout < 1:
         raise ModelError(
-            f"widths {tuple(widths)}, code {code}, hidden {hidden}, kernel {size}, dropout {dropout}: "
+            f"widths {tuple(widths)}, code {code}, cells {cells}, kernel {size}, dropout {dropout}: "
             "give four widths, sizes of at least 1, an odd kernel and a dropout in [0, 1)"
         )
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    fan_in, extents = in_channels, list(grid)
+    fan_in = in_channels
     for number, (width, stride) in enumerate(zip(widths, (1, 2, 1, 2), strict=True), start=1):
         convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if image else (nn.Conv1d, nn.BatchNorm1d)
         layers[f"conv{number}"] = convolution(fan_in, width, size, stride=stride, padding=size // 2, bias=False)
         layers[f"bn{number}"] = norm(width)
         layers[f"relu{number}"] = nn.ReLU()
-        fan_in, extents = width, [-(-extent // stride) for extent in extents]
+        fan_in = width
     layers |= OrderedDict(
+        pool=nn.AdaptiveAvgPool2d(cells) if image else nn.AdaptiveAvgPool1d(cells),
         dropout=nn.Dropout(dropout),
         flatten=nn.Flatten(),
-        code=nn.Linear(fan_in * math.prod(extents), code, bias=False),
+        code=nn.Linear(fan_in * cells ** len(grid), code, bias=False),
         codebn=nn.BatchNorm1d(code),
         tanh=nn.Tanh(),
-        head1=nn.Linear(code, hidden, bias=False),
-        headbn=nn.BatchNorm1d(hidden),
-        headrelu=nn.ReLU(),
-        head=nn.Linear(hidden, classes),
+        head=nn.Linear(code, classes),
     )
     return nn.Sequential(layers)
 

@@ -85,11 +85,12 @@ class Profile:
         noise_kind: its distribution, ``gaussian`` or ``laplace``.
         bits: of an activation on the wire, 0 for floats. Where the front is trained, its gradient passes the rounding
             as if it were not there (straight-through: Bengio, Leonard and Courville, arXiv 1308.3432).
-        span: range of what ``bits`` say; None: of each message.
         bound: no activation is larger in magnitude before the noise, 0 for no bound.
         frozen: the front is trained before it is exported, and never on the device.
-        factory, cut: the network where none is given, as in ``ModelSpec``; the factory takes ``in_channels``, ``grid``
-            and ``classes``.
+        defence: what it is trained with then, a name of ``export.defences.DEFENCES``.
+        factory, cut: the network where none is given, as in ``ModelSpec``; the factory takes ``in_channels``, ``grid``,
+            ``classes`` and what ``arguments`` say.
+        arguments: further ones of the factory.
     """
 
     perturbation: Perturbation | None
@@ -98,11 +99,18 @@ class Profile:
     noise: float = 0.0
     noise_kind: str = "gaussian"
     bits: int = 0
-    span: tuple[float, float] | None = None
     bound: float = 0.0
     frozen: bool = False
+    defence: str = "none"
     factory: str = REFERENCE
     cut: str = "relu2"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """What few bits can say: bounded activations and twice their noise; None: what each message needs."""
+        reach = self.bound + 2 * self.noise
+        return (-reach, reach) if self.bits and self.bound else None
 
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
@@ -113,6 +121,27 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             None, ("attacked",), "Laplace noise on the activations, a baseline", noise=1.0, noise_kind="laplace"
         ),
         "quantised": Profile(None, ("attacked",), "activations in 4 bits each, a baseline", bits=4),
+        "lowrank": Profile(
+            None,
+            ("attacked",),
+            "activations through a filter of rank 4, a baseline",
+            cut="filter",
+            arguments={"rank": 4},
+        ),
+        "nopeek": Profile(
+            None,
+            ("attacked",),
+            "a front trained against distance correlation and frozen, a baseline",
+            frozen=True,
+            defence="nopeek",
+        ),
+        "adversarial": Profile(
+            None,
+            ("attacked",),
+            "a front trained against a decoder (ResSFL) and frozen, a baseline",
+            frozen=True,
+            defence="adversarial",
+        ),
         "paper": Profile(
             Perturbation("sign", 0.2),
             STREAMS,
@@ -124,9 +153,9 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             "a frozen front with a short, bounded, noisy code in 4 bits a value",
             noise=1.0,
             bits=4,
-            span=(-3.0, 3.0),
             bound=1.0,
             frozen=True,
+            defence="bottleneck",
             factory="server_sdk.reference.networks:hardened_network",
             cut="tanh",
         ),

@@ -18,6 +18,17 @@ def test_reference_network_takes_images_and_signals(grid: tuple[int, ...]) -> No
     assert [name for name, _ in front.named_children()] == ["conv1", "bn1", "relu1", "conv2", "bn2", "relu2"]
 
 
+@pytest.mark.parametrize("grid", [(14, 14), (64,)])
+def test_a_rank_filters_the_channels_at_the_cut(grid: tuple[int, ...]) -> None:
+    model = reference_network(5, grid, 7, rank=4).eval()
+    front, back = split(model, "filter")
+    activations = front(torch.rand(2, 5, *grid))
+    assert activations.shape == (2, 4, *grid)
+    assert back(activations).shape == (2, 7)
+    with pytest.raises(ModelError, match="rank"):
+        reference_network(5, grid, 7, rank=-1)
+
+
 def test_lists_are_taken_as_grids() -> None:
     assert reference_network(3, [8, 8], 2)(torch.rand(2, 3, 8, 8)).shape == (2, 2)
 
@@ -40,14 +51,14 @@ def test_hardened_network_ends_its_front_in_a_bounded_vector(grid: tuple[int, ..
     names = [name for name, _ in model.named_children()]
     convolutions = [f"{kind}{number}" for number in range(1, 5) for kind in ("conv", "bn", "relu")]
     assert names[:12] == convolutions
-    assert names[12:] == ["dropout", "flatten", "code", "codebn", "tanh", "head1", "headbn", "headrelu", "head"]
-    assert set(model.conv1.kernel_size) == {3 if len(grid) == 2 else 5}
+    assert names[12:] == ["pool", "dropout", "flatten", "code", "codebn", "tanh", "head"]
+    assert set(model.conv1.kernel_size) == {3 if len(grid) == 2 else 9}
     assert [set(getattr(model, f"conv{n}").stride) for n in range(1, 5)] == [{1}, {2}, {1}, {2}]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"widths": (4, 4, 4)}, {"code": 0}, {"dropout": 1.0}, {"kernel": 4}, {"hidden": -1}, {"widths": (4, 0, 4, 4)}],
+    [{"widths": (4, 4, 4)}, {"code": 0}, {"dropout": 1.0}, {"kernel": 4}, {"cells": 0}, {"widths": (4, 0, 4, 4)}],
 )
 def test_hardened_networks_that_cannot_be(options: dict[str, object]) -> None:
     with pytest.raises(ModelError, match="four widths"):
