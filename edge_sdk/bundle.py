@@ -63,6 +63,7 @@ class Manifest:
             at test; ``label``: the true label does, where the device has it.
         noise: standard deviation of the Gaussian noise that the device adds to its activations, 0 for none.
         max_batch: largest number of samples in one step.
+        input_range: sensor values that become 0 and 1, for samples that are signed integers; None: such are refused.
         server: what only the server needs (model reference, streams, hash of the back's weights).
         versions: of the tools that made it.
     """
@@ -78,6 +79,7 @@ class Manifest:
     perturb_towards: str = "guide"
     noise: float = 0.0
     max_batch: int = 256
+    input_range: tuple[float, float] | None = None
     server: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -269,6 +271,7 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
             perturb_towards=_text(document["perturb_towards"]),
             noise=_number(document["noise"]),
             max_batch=_count(document["max_batch"]),
+            input_range=_range(document.get("input_range")),
             server=_map(document["server"]),
             versions=_map(document["versions"]),
         )
@@ -301,6 +304,15 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
         raise ValueError(f"{value!r} is not a number")
     return float(value)
+
+
+def _range(value: object) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    numbers = [each for each in _list(value) if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) != 2 or len(_list(value)) != 2 or not np.isfinite(numbers).all() or numbers[0] >= numbers[1]:
+        raise ValueError(f"{value!r} is not a range")
+    return float(numbers[0]), float(numbers[1])
 
 
 def _count(value: object) -> int:
