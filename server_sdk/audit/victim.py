@@ -106,5 +106,10 @@ class Victim:
         manifest = self._bundle.manifest
         state = FrontState(self._state.version + later, self._state.tensors)
         for start in range(0, len(x), manifest.max_batch):
-            batch = as_batch(x[start : start + manifest.max_batch], manifest.input_shape, max_batch=manifest.max_batch)
+            batch = as_batch(
+                x[start : start + manifest.max_batch],
+                manifest.input_shape,
+                max_batch=manifest.max_batch,
+                input_range=manifest.input_range,
+            )
             yield self._front.forward(state, batch, None, training=False, epsilon=epsilon, noise=noise)
