@@ -1,15 +1,22 @@
 """Sensor arrays become the float32 batch that the front takes, or a clear error; data files become shards.
 
 A data file is an ``.npz`` with ``x_train``, ``y_train``, ``x_test``, ``y_test`` (or MedMNIST's ``train_images``,
-``train_labels``, ``test_images``, ``test_labels``). Samples are images (N, H, W), (N, H, W, C) or (N, C, H, W) with
-C 1 or 3, or signals (N, C, T) where the caller says so; integer samples are scaled from their type's range, float
-samples must lie in [0, 1].
+``train_labels``, ``test_images``, ``test_labels``) and, where they are needed, two more keys:
+
+- ``kind``: ``"signal"`` or ``"image"``; without it samples are images, unless the caller says otherwise, since
+  (N, 8, 256) may be either. Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; signals (N, T) or
+  (N, C, T) with C up to 64.
+- ``input_range``: two numbers, the sensor values that become 0 and 1.
+
+Float samples must lie in [0, 1]. Unsigned integers are scaled from their type's range. Signed integers are a sensor's
+own units: one affine map takes ``input_range`` to [0, 1], and what lies outside is clipped. ``psgl-export build``
+copies the range into the bundle, and from there on the bundle's counts, so that guide, devices and audit map alike.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -27,6 +34,12 @@ _NAMES = (
     ("train_images", "train_labels", "test_images", "test_labels"),
 )
 _MAX_CLASSES = 1000
+_MAX_LEADS = 64
+_LEAST_SIZE = 8
+_KINDS = ("image", "signal")
+_REMEDY = "export the bundle with --input-range LOW HIGH, the sensor values that become 0 and 1"
+Range = tuple[float, float]
+Extras = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Samples:
     """Samples with their labels.
 
     Attributes:
-        x: (N, C, H, W), uint8 or float32 in [0, 1]; integer samples stay small until a batch is made.
+        x: (N, C, H, W) or, signals, (N, C, T): float32 in [0, 1], or integers, which stay small until a batch is made.
         y: int64 (N), labels 0 to K-1.
     """
 
@@ -58,32 +71,40 @@ class Dataset:
         test: held-out samples.
         classes: number of classes K.
         notes: what was done to the samples on reading, one sentence each (padding of odd sizes).
+        input_range: the sensor values that become 0 and 1, if the file names them.
     """
 
     train: Samples
     test: Samples
     classes: int
     notes: tuple[str, ...] = ()
+    input_range: Range | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape (C, H, W) of one sample."""
+        """Shape (C, H, W) or (C, T) of one sample."""
         return tuple(int(size) for size in self.train.x.shape[1:])
 
 
-def as_batch(x: npt.ArrayLike, input_shape: tuple[int, ...], *, max_batch: int) -> npt.NDArray[np.float32]:
+def as_batch(
+    x: npt.ArrayLike, input_shape: tuple[int, ...], *, max_batch: int, input_range: Range | None = None
+) -> npt.NDArray[np.float32]:
     """Check one batch of sensor data.
 
     Args:
-        x: (N, *input_shape), 1 <= N <= max_batch; floats in [0, 1], or unsigned integers scaled by their type's range.
+        x: (N, *input_shape), 1 <= N <= max_batch; floats in [0, 1], unsigned integers scaled by their type's range, or
+            signed integers in the sensor's units.
         input_shape: shape of one sample in the bundle.
         max_batch: largest batch of the bundle.
+        input_range: of the bundle: the sensor values that become 0 and 1; what lies beyond is clipped. Concerns signed
+            integers alone, which need it.
 
     Returns:
         Contiguous float32 (N, *input_shape) in [0, 1].
 
     Raises:
-        BatchError: another shape or type, NaN or infinity, values outside [0, 1], an empty or too large batch.
+        BatchError: another shape or type, NaN or infinity, floats outside [0, 1], signed integers without a range, an
+            empty or too large batch.
     """
     array = np.asarray(x)
     expected = "x".join(map(str, input_shape))
@@ -96,8 +117,14 @@ def as_batch(x: npt.ArrayLike, input_shape: tuple[int, ...], *, max_batch: int) 
         raise BatchError(f"a batch has 1 to {max_batch} samples, this one has {len(array)}: split it")
     if array.dtype.kind == "u":
         return np.ascontiguousarray(array, dtype=np.float32) / np.float32(np.iinfo(array.dtype).max)
+    if array.dtype.kind == "i":
+        if input_range is None:
+            raise BatchError(f"samples are {array.dtype}, a sensor's own units, and the bundle has no range: {_REMEDY}")
+        low, high = input_range
+        scaled = np.clip((array.astype(np.float64) - low) / (high - low), 0.0, 1.0)
+        return np.ascontiguousarray(scaled, dtype=np.float32)
     if array.dtype.kind != "f":
-        raise BatchError(f"samples are unsigned integers or floats, these are {array.dtype}: convert them first")
+        raise BatchError(f"samples are integers or floats, these are {array.dtype}: convert them first")
     batch = np.ascontiguousarray(array, dtype=np.float32)
     # The comparison is false for NaN, so this one pass finds NaN, infinity and range errors.
     if not ((batch >= 0) & (batch <= 1)).all():
@@ -139,7 +166,8 @@ def batches(
         batch_size: N of every batch.
         seed: of order and shifts, together with the device's name.
         device: the device's name.
-        shift: move each image by up to this many pixels along each axis (augmentation), repeating its border.
+        shift: move each image by up to this many pixels along each axis, each signal by as many steps in time
+            (augmentation), repeating its border.
         skip: leave out the first of these batches, to go on where a device stopped.
     """
     generator = _generator(seed, device)
@@ -171,23 +199,26 @@ def _shifted(x: npt.NDArray[Any], by: int, offsets: npt.NDArray[np.int64]) -> np
     return np.stack([image[(slice(None), *window)] for image, window in zip(grown, cut, strict=True)])
 
 
-def load_dataset(path: str | Path, *, classes: int | None = None) -> Dataset:
+def load_dataset(path: str | Path, *, classes: int | None = None, signal: bool | None = None) -> Dataset:
     """Read a data file.
 
-    Odd heights and widths are padded with zeros at the bottom and the right to even ones; ``notes`` says so.
+    Odd heights and widths are padded with zeros at the bottom and the right to even ones, signals of odd length by
+    repeating their last value; ``notes`` says so.
 
     Args:
         path: the file.
         classes: K of the bundle that the samples are for; a device need not have samples of each class. None: the
             training labels say it.
+        signal: whether the samples are signals; None: the file's ``kind`` says it.
 
     Raises:
-        BatchError: no file, wrong keys or shapes, NaN, values outside [0, 1], labels out of range; without
-            ``classes`` a single class or a gap between labels.
+        BatchError: no file, wrong keys or shapes, NaN, floats outside [0, 1], a range that is none, labels out of
+            range; without ``classes`` a single class or a gap between labels.
     """
     path = Path(path)
-    arrays = _read(path)
-    train, test = (_samples(path, arrays[i], arrays[i + 1], part) for i, part in ((0, "train"), (2, "test")))
+    arrays, kind, input_range = _read(path)
+    shaped = _signals if (kind == "signal" if signal is None else signal) else _images
+    train, test = (_samples(path, arrays[i], arrays[i + 1], part, shaped) for i, part in ((0, "train"), (2, "test")))
     if train.x.shape[1:] != test.x.shape[1:]:
         raise BatchError(
             f"{path}: training samples are {train.x.shape[1:]}, test samples {test.x.shape[1:]}: they must agree"
@@ -199,14 +230,18 @@ def load_dataset(path: str | Path, *, classes: int | None = None) -> Dataset:
                 f"{path}: {part} labels go from {labels.min()} to {labels.max()}, "
                 f"but there are {classes} classes, 0 to {classes - 1}: relabel them"
             )
-    dataset = Dataset(train, test, classes)
-    height, width = dataset.input_shape[1:]
-    if height % 2 or width % 2:
-        padding = ((0, 0), (0, 0), (0, height % 2), (0, width % 2))
-        grown = [replace(part, x=np.pad(part.x, padding)) for part in (train, test)]
-        note = f"images of {height}x{width} were padded with zeros to {height + height % 2}x{width + width % 2}"
-        dataset = Dataset(grown[0], grown[1], classes, (note,))
-    return dataset
+    sizes = train.x.shape[2:]
+    if not any(size % 2 for size in sizes):
+        return Dataset(train, test, classes, (), input_range)
+    padding = ((0, 0), (0, 0), *((0, size % 2) for size in sizes))
+    was, now = ("x".join(str(size + size % 2 * more) for size in sizes) for more in (0, 1))
+    if len(sizes) == 1:
+        train, test = (replace(part, x=np.pad(part.x, padding, mode="edge")) for part in (train, test))
+        note = f"signals of length {was} were padded with their last value to {now}"
+    else:
+        train, test = (replace(part, x=np.pad(part.x, padding)) for part in (train, test))
+        note = f"images of {was} were padded with zeros to {now}"
+    return Dataset(train, test, classes, (note,), input_range)
 
 
 def _classes(path: Path, labels: npt.NDArray[np.int64]) -> int:
@@ -225,8 +260,8 @@ def _classes(path: Path, labels: npt.NDArray[np.int64]) -> int:
     return classes
 
 
-def save_dataset(path: str | Path, train: Samples, test: Samples) -> None:
-    """Write a data file that ``load_dataset`` reads.
+def save_dataset(path: str | Path, train: Samples, test: Samples, *, input_range: Range | None = None) -> None:
+    """Write a data file that ``load_dataset`` reads: (N, C, T) as signals, (N, C, H, W) as images.
 
     Raises:
         BatchError: the disk refuses.
@@ -234,12 +269,16 @@ def save_dataset(path: str | Path, train: Samples, test: Samples) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, x_train=train.x, y_train=train.y, x_test=test.x, y_test=test.y)
+        arrays: dict[str, Any] = {"x_train": train.x, "y_train": train.y, "x_test": test.x, "y_test": test.y}
+        arrays["kind"] = np.array(_KINDS[train.x.ndim == 3])
+        if input_range is not None:
+            arrays["input_range"] = np.array(input_range, np.float64)
+        np.savez(path, **arrays)
     except OSError as exc:
         raise BatchError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
-def _read(path: Path) -> list[npt.NDArray[Any]]:
+def _read(path: Path) -> tuple[list[npt.NDArray[Any]], str, Range | None]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -247,7 +286,8 @@ def _read(path: Path) -> list[npt.NDArray[Any]]:
         with loaded as archive:
             for names in _NAMES:
                 if all(name in archive.files for name in names):
-                    return [archive[name] for name in names]
+                    extras: Extras = {name: archive[name] for name in ("kind", "input_range") if name in archive.files}
+                    return [archive[name] for name in names], _kind(path, extras), _range(path, extras)
             found = ", ".join(sorted(archive.files)[:12]) or "nothing"
             raise BatchError(
                 f"{path} holds {found}: it needs x_train, y_train, x_test, y_test (or MedMNIST's train_images, ...)"
@@ -260,35 +300,82 @@ def _read(path: Path) -> list[npt.NDArray[Any]]:
         raise BatchError(f"{path} does not fit into memory: use fewer samples") from exc
 
 
-def _samples(path: Path, x: npt.NDArray[Any], y: npt.NDArray[Any], part: str) -> Samples:
+def _kind(path: Path, extras: Extras) -> str:
+    given = extras.get("kind", np.array("image"))
+    if given.shape != () or str(given) not in _KINDS:
+        raise BatchError(f"{path}: its kind is {str(given)[:40]!r}: write 'signal' or 'image'")
+    return str(given)
+
+
+def _range(path: Path, extras: Extras) -> Range | None:
+    if "input_range" not in extras:
+        return None
+    given = extras["input_range"]
+    if given.shape != (2,) or given.dtype.kind not in "iuf" or not np.isfinite(given).all() or given[0] >= given[1]:
+        raise BatchError(
+            f"{path}: its input_range is {str(given)[:40]}: write the sensor values that become 0 and 1, lower first"
+        )
+    return float(given[0]), float(given[1])
+
+
+def _samples(
+    path: Path,
+    x: npt.NDArray[Any],
+    y: npt.NDArray[Any],
+    part: str,
+    shaped: Callable[[Path, npt.NDArray[Any], str], npt.NDArray[Any]],
+) -> Samples:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if x.ndim not in (3, 4) or y.ndim != 1 or len(x) != len(y) or len(y) == 0:
+    if x.ndim == 0 or y.ndim != 1 or len(x) != len(y) or len(y) == 0:
         raise BatchError(
             f"{path}: {part} samples of shape {x.shape} with labels of shape {y.shape}: "
-            "needed are images (N, H, W), (N, H, W, C) or (N, C, H, W) with N labels"
+            "needed are N samples with N labels, at least one"
         )
     if y.dtype.kind == "f" and np.isfinite(y).all() and (y == np.round(y)).all():
         y = y.astype(np.int64)
     if y.dtype.kind not in "iu":
         raise BatchError(f"{path}: {part} labels are {y.dtype} (or NaN): they must be integers 0 to K-1")
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
-        x = x.transpose(0, 3, 1, 2)
-    if x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
-        raise BatchError(
-            f"{path}: {part} images of shape {x.shape[1:]}: needed are 1 or 3 channels and at least 8x8 pixels"
-        )
-    if x.dtype.kind not in "u":
-        if x.dtype.kind not in "fi":
-            raise BatchError(f"{path}: {part} samples are {x.dtype}: needed are unsigned integers, or floats in [0, 1]")
+    x = shaped(path, x, part)
+    if x.dtype.kind not in "iuf":
+        raise BatchError(f"{path}: {part} samples are {x.dtype}: needed are integers, or floats in [0, 1]")
+    if x.dtype.kind == "f":
         if not np.isfinite(x).all():
             raise BatchError(f"{path}: {part} samples hold NaN or infinite values: drop or repair them")
         if x.min() < 0 or x.max() > 1:
             raise BatchError(
-                f"{path}: {part} samples lie in [{x.min():.4g}, {x.max():.4g}]: "
-                "floats must lie in [0, 1], divide them by their range"
+                f"{path}: {part} samples lie in [{x.min():.4g}, {x.max():.4g}]: floats must lie in [0, 1], "
+                "divide them by their range, or keep the sensor's own units as signed integers"
             )
         x = x.astype(np.float32)
     return Samples(np.ascontiguousarray(x), y.astype(np.int64))
+
+
+def _images(path: Path, x: npt.NDArray[Any], part: str) -> npt.NDArray[Any]:
+    """(N, C, H, W), C 1 or 3."""
+    if x.ndim not in (3, 4):
+        raise BatchError(
+            f"{path}: {part} samples of shape {x.shape}: needed are images (N, H, W), (N, H, W, C) or (N, C, H, W); "
+            "for signals save kind='signal' in the file"
+        )
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.shape[1] not in (1, 3) or min(x.shape[2:]) < _LEAST_SIZE:
+        raise BatchError(
+            f"{path}: {part} images of shape {x.shape[1:]}: needed are 1 or 3 channels and at least 8x8 pixels"
+        )
+    return x
+
+
+def _signals(path: Path, x: npt.NDArray[Any], part: str) -> npt.NDArray[Any]:
+    """(N, C, T), C 1 to 64."""
+    if x.ndim == 2:
+        x = x[:, None]
+    if x.ndim != 3 or not 1 <= x.shape[1] <= _MAX_LEADS or x.shape[2] < _LEAST_SIZE:
+        raise BatchError(
+            f"{path}: {part} signals of shape {x.shape}: needed are (N, T) or (N, C, T) with 1 to {_MAX_LEADS} "
+            f"channels and at least {_LEAST_SIZE} steps"
+        )
+    return x

@@ -73,6 +73,7 @@ class Manifest:
         span: lowest and highest value that ``bits`` can say, exactly float32; None: those of each message.
         bound: no activation is larger than this in magnitude before the noise, 0 for no bound.
         max_batch: largest number of samples in one step.
+        input_range: sensor values that become 0 and 1, for samples that are signed integers; None: such are refused.
         server: what only the server needs (model reference, streams, hash of the back's weights).
         versions: of the tools that made it.
     """
@@ -93,6 +94,7 @@ class Manifest:
     span: tuple[float, float] | None = None
     bound: float = 0.0
     max_batch: int = 256
+    input_range: tuple[float, float] | None = None
     server: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -316,6 +318,7 @@ def _parse(document: Mapping[str, Any], path: Path) -> Manifest:
             span=_span(document["span"]),
             bound=_number(document["bound"]),
             max_batch=_count(document["max_batch"]),
+            input_range=_range(document.get("input_range")),
             server=_map(document["server"]),
             versions=_map(document["versions"]),
         )
@@ -374,6 +377,15 @@ def _span(value: object) -> tuple[float, float] | None:
     if type(low) is not float or type(high) is not float:
         raise ValueError(f"{value!r} is not a span")
     return low, high
+
+
+def _range(value: object) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    numbers = [each for each in _list(value) if isinstance(each, int | float) and not isinstance(each, bool)]
+    if len(numbers) != 2 or len(_list(value)) != 2 or not np.isfinite(numbers).all() or numbers[0] >= numbers[1]:
+        raise ValueError(f"{value!r} is not a range")
+    return float(numbers[0]), float(numbers[1])
 
 
 def _count(value: object) -> int:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         default=0,
         metavar="PIXELS",
-        help="augment: move training images by up to this (default %(default)s)",
+        help="augment: move training images or signals by up to this (default %(default)s)",
     )
     train.add_argument(
         "--codec",
@@ -108,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument(
         "--measure-clean", action="store_true", help="evaluate once more at the end WITHOUT the perturbation"
     )
+    train.add_argument(
+        "--train-unperturbed",
+        action="store_true",
+        help="protocol P2, to measure only: training steps WITHOUT the perturbation, evaluation with it",
+    )
     train.add_argument("--save-front", type=Path, metavar="FILE", help="write the trained front's tensors here (CBOR)")
     train.add_argument(
         "--report",
@@ -125,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     bundle = load_bundle(arguments.bundle)
-    dataset = load_dataset(arguments.data, classes=len(bundle.manifest.classes))
+    signal = True if len(bundle.manifest.input_shape) == 2 else None
+    dataset = load_dataset(arguments.data, classes=len(bundle.manifest.classes), signal=signal)
     if dataset.input_shape != bundle.manifest.input_shape:
         raise BatchError(
             f"{arguments.data} has samples of shape {dataset.input_shape}, "
@@ -168,6 +174,7 @@ def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, 
         codec=arguments.codec,
         chunk_bytes=arguments.chunk_bytes,
         give_up_s=arguments.give_up_s,
+        train_epsilon=0.0 if arguments.train_unperturbed else None,
     )
 
     def show(event: dict[str, Any]) -> None:

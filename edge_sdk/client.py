@@ -78,6 +78,8 @@ class EdgeClient:
         resend_s: first pause before a step is sent again; it doubles up to 8 times of this.
         give_up_s: how long the server may stay silent while a step waits.
         threads: threads of onnxruntime.
+        train_epsilon: perturbation budget of training steps in place of the bundle's; 0 trains on unperturbed inputs
+            (protocol P2), which sends unprotected activations: to measure only. Keep it over a restart.
 
     Raises:
         ConfigError: a name that no topic can carry.
@@ -97,11 +99,13 @@ class EdgeClient:
         resend_s: float = 5.0,
         give_up_s: float = 300.0,
         threads: int = 1,
+        train_epsilon: float | None = None,
     ) -> None:
         self._bundle = bundle
         self._device = device
         self._state: State = MemoryState(FrontState(0, dict(bundle.initial))) if state is None else state
         self._front = Front(bundle, threads=threads, noise_key=self._state.noise_key)
+        self._train_epsilon = train_epsilon
         self._codec: str | Packing = bundle.manifest.packing or codec
         self._chunk_bytes = chunk_bytes
         self._exchange = Exchange(
@@ -305,7 +309,7 @@ class EdgeClient:
             self.synchronise(give=False)  # a mean was made while this device was away
         before = self._state.front
         attacked = labels if self._bundle.manifest.perturb_towards == "label" else None
-        forward = self._front.forward(before, batch, attacked, training=True)
+        forward = self._front.forward(before, batch, attacked, training=True, epsilon=self._train_epsilon)
         weight = {} if samples is None else {"samples": samples}
         tensors: dict[str, npt.NDArray[Any]] = {"activations": forward.activations, "labels": labels}
         message = self._message("train", {"front": before.version, **weight}, tensors)
@@ -346,7 +350,7 @@ class EdgeClient:
         """
         batch, labels = self._check(x, y)
         front = self._state.front
-        forward = self._front.forward(front, batch, None, training=False)
+        forward = self._front.forward(front, batch, None, training=False, epsilon=self._train_epsilon)
         fields = {"front": front.version, "first": first, "total": total}
         message = self._message("store", fields, {"activations": forward.activations, "labels": labels})
         outbox = OutboxStep(message.step, "store", self._frames(message))
@@ -392,7 +396,7 @@ class EdgeClient:
             BatchError, RefusedError, StateError, TransportError: as in ``train_step``.
         """
         manifest = self._bundle.manifest
-        batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch)
+        batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch, input_range=manifest.input_range)
         front = self._state.front
         forward = self._front.forward(front, batch, None, training=False, epsilon=epsilon)
         message = self._message("infer", {"front": front.version}, {"activations": forward.activations})
@@ -418,7 +422,8 @@ class EdgeClient:
 
         def prepare() -> None:
             nonlocal forward, prepared
-            forward = forward or self._front.forward(before, x, label, training=True)
+            if forward is None:
+                forward = self._front.forward(before, x, label, training=True, epsilon=self._train_epsilon)
             prepared = self._front.prepare(before, forward)
 
         try:
@@ -490,7 +495,7 @@ class EdgeClient:
 
     def _check(self, x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         manifest = self._bundle.manifest
-        batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch)
+        batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch, input_range=manifest.input_range)
         return batch, as_labels(y, len(batch), len(manifest.classes))
 
     def _told(self, batch: npt.NDArray[np.float32]) -> dict[str, int]:

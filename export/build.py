@@ -32,9 +32,18 @@ from server_sdk.reference.profiles import PROFILES, Profile, ServerPart
 from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.reference.split import split
 
-__all__ = ["BuildOptions", "Built", "build_bundle", "class_names", "model_of", "prepare_guide"]
+__all__ = [
+    "BuildOptions",
+    "Built",
+    "build_bundle",
+    "class_names",
+    "measured_range",
+    "model_of",
+    "prepare_guide",
+]
 
 _BOUNDS: tuple[tuple[type[nn.Module], float], ...] = ((nn.Tanh, 1.0), (nn.Sigmoid, 1.0), (nn.ReLU6, 6.0))
+_PERCENTILES = (0.1, 99.9)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class BuildOptions:
         bound: of the activations before the noise; the front's last layer must hold it, 0 for no bound.
         perturb_towards: the class that the perturbation attacks in training: the guide's decision, as at
             test, or the true label, which the server then learns to read off the perturbation.
+        input_range: sensor values that become 0 and 1, for samples that are signed integers.
     """
 
     profile: str
@@ -79,6 +89,7 @@ class BuildOptions:
     span: tuple[float, float] | None = None
     bound: float | None = None
     perturb_towards: Literal["guide", "label"] = "guide"
+    input_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,17 +115,21 @@ def prepare_guide(
     *,
     seed: int,
     epochs: int = 30,
+    input_range: tuple[float, float] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Guide:
     """Fit the guide on samples that no device holds.
 
     A guide that has seen what it perturbs writes the label into the perturbation, where the server reads it.
 
+    Args:
+        input_range: the bundle's, where the samples are signed integers.
+
     Raises:
-        ModelError: the samples do not fit.
+        BatchError, ModelError: the samples do not fit.
     """
     shape = tuple(int(size) for size in samples.x.shape[1:])
-    x = as_batch(samples.x, shape, max_batch=len(samples))
+    x = as_batch(samples.x, shape, max_batch=len(samples), input_range=input_range)
     return fit_guide(x, samples.y, classes=classes, seed=seed, epochs=epochs, progress=progress)
 
 
@@ -190,6 +205,7 @@ def build_bundle(
         span=span,
         bound=wanted.bound,
         max_batch=options.max_batch,
+        input_range=options.input_range,
         server=part.as_manifest(),
         versions={"psgl": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}},
     )
@@ -284,6 +300,22 @@ def _cut_shape(front: nn.Module, options: BuildOptions, *, perturbed: bool) -> t
 def _files(graphs: GraphSet) -> dict[str, bytes]:
     named = {f"{name}.onnx": graph for name, graph in graphs.by_name.items()}
     return {**named, INITIAL: pack_tensors(graphs.tensors)}
+
+
+def measured_range(samples: Samples) -> tuple[float, float] | None:
+    """The 0.1 and 99.9 percentiles of samples that are signed integers; None for others, which need no range.
+
+    Raises:
+        ExportError: samples that hardly vary.
+    """
+    if samples.x.dtype.kind != "i":
+        return None
+    low, high = (float(value) for value in np.percentile(samples.x, _PERCENTILES))
+    if low >= high:
+        raise ExportError(
+            f"the samples are {low:g} nearly everywhere: check the sensor, or give --input-range LOW HIGH"
+        )
+    return low, high
 
 
 def class_names(classes: int) -> tuple[str, ...]:

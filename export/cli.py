@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ __all__ = ["main"]
 _MOST_NOISE = 1e3
 _EXAMPLES = """\
   psgl-export build --data guide.npz --profile paper -o net.psgl
+  psgl-export build --data ecg.npz --signal --input-range -400 400 -o ecg.psgl       (int16 in a sensor's units)
   psgl-export build --data guide.npz --profile vanilla -o plain.psgl --seed 3
 """
 
@@ -43,6 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     build.add_argument("--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)")
     build.add_argument("--noise", type=float, help="standard deviation on the activations (default: the profile's)")
     build.add_argument("--seed", type=int, default=0, help="of guide and initial weights (default %(default)s)")
+    build.add_argument("--signal", action="store_true", help="the samples are signals (N, T) or (N, C, T), not images")
+    build.add_argument(
+        "--input-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="for samples in a sensor's own units (signed integers): the values that become 0 and 1 "
+        "(default: the file's input_range, else the 0.1 and 99.9 percentiles of its training samples)",
+    )
     add_debug(build)
     arguments = parser.parse_args(argv)
     return run(lambda: _build(arguments), debug=getattr(arguments, "debug", False))
@@ -56,17 +67,28 @@ def _build(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--noise is 0 to {_MOST_NOISE:g}")
     if arguments.seed < 0:
         raise ConfigError("--seed must be at least 0")
-    dataset = load_dataset(arguments.data)
+    given = arguments.input_range
+    if given is not None and not (all(map(math.isfinite, given)) and given[0] < given[1]):
+        raise ConfigError("--input-range is two numbers, the lower one first")
+    dataset = load_dataset(arguments.data, signal=arguments.signal or None)
     for note in dataset.notes:
         print(f"note: {note}", file=sys.stderr)
     # torch takes seconds to import: only once the options are known to be good.
     from rich.console import Console
 
-    from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+    from export.build import BuildOptions, build_bundle, class_names, measured_range, prepare_guide
+
+    input_range = dataset.input_range if given is None else (given[0], given[1])
+    if input_range is None and (input_range := measured_range(dataset.train)):
+        print(
+            f"note: sensor values {input_range[0]:g} to {input_range[1]:g} become 0 to 1, the 0.1 and 99.9 percentiles "
+            "of the training samples (--input-range sets others)",
+            file=sys.stderr,
+        )
 
     status = Console(stderr=True).status
     with status(f"fitting the guide on {len(dataset.train)} samples"):
-        guide = prepare_guide(dataset.train, dataset.classes, seed=arguments.seed)
+        guide = prepare_guide(dataset.train, dataset.classes, seed=arguments.seed, input_range=input_range)
     with status("exporting and checking the graphs"):
         options = BuildOptions(
             arguments.profile,
@@ -75,6 +97,7 @@ def _build(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             epsilon=arguments.epsilon,
             noise=arguments.noise,
+            input_range=input_range,
         )
         built = build_bundle(arguments.out, options, guide)
     print(

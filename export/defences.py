@@ -174,7 +174,8 @@ class Adversary(Plain):
     def _error(self, x: Tensor, activations: Tensor) -> Tensor:
         wanted = x.flatten(1)
         spread = (wanted - wanted.mean(dim=0)).square().mean().clamp_min(1e-6)
-        return (self._decoder(activations) - wanted).square().mean() / spread
+        error: Tensor = (self._decoder(activations) - wanted).square().mean() / spread
+        return error
 
 
 def defence_for(

@@ -88,6 +88,10 @@ def step(
         mean = state[f"{name}.m"] + (gradient - state[f"{name}.m"]) * (1.0 - first)
         square = second * state[f"{name}.v"] + (1.0 - second) * (gradient * gradient)
         kept[f"{name}.m"], kept[f"{name}.v"] = mean, square
-        after[name] = value - (rate / correction1) * mean / (square.sqrt() / correction2 + optimizer.epsilon)
+        # torch's rule with both sides multiplied by correction2: the ONNX optimizer takes "+ 1e-8" for "+ 0" and drops
+        # it, and a parameter whose gradient was always 0 (a channel that is dead or dark) would become 0 / 0.
+        after[name] = value - (rate / correction1 * correction2) * mean / (
+            square.sqrt() + optimizer.epsilon * correction2
+        )
     kept["t"] = count
     return after, kept

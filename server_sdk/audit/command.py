@@ -20,7 +20,7 @@ from edge_sdk.memory import keep_freed_memory
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from server_sdk.audit.attacks import Attack, Progress
+    from server_sdk.audit.attacks import Progress
 
 __all__ = ["add_audit", "audit"]
 
@@ -71,6 +71,12 @@ def add_audit(commands: Any) -> None:
         default=16,
         help="of each sample that a foe averages over, where the bundle adds noise (default %(default)s)",
     )
+    parser.add_argument(
+        "--protocols",
+        metavar="LIST",
+        help="of the accuracy: P1 (perturbed in training and at test), or P1,P2 (P2: trained unperturbed, perturbed at "
+        "test; a second training); attacks run on P1 (default: P1,P2 for bundles that perturb, else P1)",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0, 1, ... (default %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: every core)")
     parser.add_argument("--compute", choices=("cpu", "cuda"), default="cpu", help="of attacks (default %(default)s)")
@@ -91,10 +97,13 @@ def audit(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option} must be at least 1")
+    if arguments.protocols not in (None, "P1", "P1,P2"):
+        raise ConfigError("--protocols is P1 or P1,P2: attacks run on what P1 trains")
     paths = [arguments.bundle, *arguments.beside]
-    dataset = load_dataset(arguments.data)
-    for path in paths:
-        manifest = load_bundle(path).manifest
+    manifests = [load_bundle(path).manifest for path in paths]
+    signal = len(manifests[0].input_shape) == 2 or None
+    dataset = load_dataset(arguments.data, signal=signal)
+    for path, manifest in zip(paths, manifests, strict=True):
         if dataset.input_shape != manifest.input_shape or dataset.classes != len(manifest.classes):
             raise ConfigError(
                 f"{arguments.data} has {dataset.classes} classes of {dataset.input_shape}, {path} "
@@ -102,27 +111,29 @@ def audit(arguments: argparse.Namespace) -> int:
             )
         if arguments.batch > manifest.max_batch:
             raise ConfigError(f"--batch is at most {manifest.max_batch} for {path}")
+        as_batch(dataset.train.x[:1], dataset.input_shape, max_batch=1, input_range=manifest.input_range)
     # torch takes seconds to import: only once the options are known to be good.
     import torch
     from rich.console import Console
 
-    from server_sdk.audit.attacks import Averaging, LearnedDecoder, WhiteBox
     from server_sdk.audit.division import divide
+    from server_sdk.audit.finding import Finding, find, standard_attacks
     from server_sdk.audit.page import render, rows_of, write_page
-    from server_sdk.audit.report import Finding, compose, print_table, write
-    from server_sdk.audit.trial import Trial, attack, train
-    from server_sdk.broker import EmbeddedBroker
+    from server_sdk.audit.report import compose, write
+    from server_sdk.audit.table import print_table
+    from server_sdk.audit.trial import Trial
 
     keep_freed_memory(1 << 30)
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     if arguments.compute == "cuda" and not torch.cuda.is_available():
         raise ConfigError("this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch")
-    decoders = [
-        LearnedDecoder("convolution", arguments.epochs, arguments.width, device=arguments.compute),
-        LearnedDecoder("mlp", arguments.epochs, arguments.width, device=arguments.compute),
-    ]
-    attacks: list[Attack] = [*decoders, WhiteBox(arguments.steps)]
-    attacks += [Averaging(decoder, arguments.sends) for decoder in decoders]
+    attacks = standard_attacks(
+        epochs=arguments.epochs,
+        width=arguments.width,
+        steps=arguments.steps,
+        sends=arguments.sends,
+        device=arguments.compute,
+    )
     status = Console(stderr=True)
     divisions = [divide(dataset, foe=arguments.foe, seed=seed) for seed in range(arguments.seeds)]
     findings: list[list[Finding]] = []
@@ -130,20 +141,28 @@ def audit(arguments: argparse.Namespace) -> int:
         findings.append([])
         for seed, division in enumerate(divisions):
             folder: Path = arguments.out / f"bundle-{number}-seed-{seed}"
-            shutil.rmtree(folder, ignore_errors=True)
+            for old in (folder, folder.with_name(folder.name + "-p2")):
+                shutil.rmtree(old, ignore_errors=True)
             what = f"{path.name}, seed {seed}"
             with status.status(f"{what}: training on {len(division.train)} samples") as shown:
                 note = _Note(shown, what)
-                with EmbeddedBroker("auto") as broker:
-                    trial = Trial(path, folder, arguments.rounds, arguments.batch, seed)
-                    trained = train(trial, division, broker, on_event=note.event)
-                floor, outcomes = attack(trained, division, attacks, seed=seed, progress=note.progress)
-            findings[-1].append(Finding(seed, trained, floor, outcomes))
-    report = compose(findings, data=arguments.data.stem, command=shlex.join(["psgl-server", *sys.argv[1:]]))
+                trial = Trial(path, folder, arguments.rounds, arguments.batch, seed)
+                found = find(
+                    trial,
+                    division,
+                    attacks,
+                    second_protocol=arguments.protocols != "P1",
+                    on_event=note.event,
+                    progress=note.progress,
+                )
+            findings[-1].append(found)
+    cells = [[finding.as_fields() for finding in each] for each in findings]
+    report = compose(cells, data=arguments.data.stem, command=shlex.join(["psgl-server", *sys.argv[1:]]))
     write(arguments.out / "audit.json", report)
     victims = divisions[0].victims
-    x = as_batch(victims.x, dataset.input_shape, max_batch=len(victims))
-    write_page(arguments.out / "audit.html", render(report, rows_of(x, victims.y, findings)))
+    x = as_batch(victims.x, dataset.input_shape, max_batch=len(victims), input_range=manifests[0].input_range)
+    rows = rows_of(x, victims.y, report, [each[0].arrays() for each in findings])
+    write_page(arguments.out / "audit.html", render(report, rows))
     if arguments.json:
         print((arguments.out / "audit.json").read_text(), end="")
     else:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,16 @@ from typing import Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from server_sdk.audit.report import Finding, shown_by
-from server_sdk.audit.trial import worst_of
+from server_sdk.audit.exposure import exposure_in_words
+from server_sdk.audit.plots import picture, scatter
+from server_sdk.audit.report import attack_label, bundle_label, shown_by
 from server_sdk.errors import ServerError
 
 __all__ = ["Row", "render", "rows_of", "write_page"]
 
 Array = npt.NDArray[np.float32]
-_SHOWN = 8
+_IMAGES, _SIGNALS = 8, 4
 _LITTLE, _SOME = 0.01, 0.05
 _VERDICTS = {
     "good": "What this device sends shows hardly more than the decision itself.",
@@ -38,39 +36,51 @@ class Row:
     Attributes:
         label: what they are.
         samples: float32 (N, C, H, W) or (N, C, T) in [0, 1].
+        against: what signals are drawn over: the inputs that they are of.
     """
 
     label: str
     samples: Array = field(repr=False)
+    against: Array | None = field(default=None, repr=False)
 
 
-def rows_of(x: Array, y: npt.NDArray[np.int64], findings: Sequence[Sequence[Finding]]) -> list[Row]:
+def rows_of(
+    x: Array, y: npt.NDArray[np.int64], report: Mapping[str, Any], arrays: Sequence[Mapping[str, Array]]
+) -> list[Row]:
     """What to show of the first seed: a victim of each class, as it was, as each bundle's worst attack rebuilds it, and
     as the decision alone gives it.
 
     Args:
-        x: float32 (N, *input_shape), the victims.
+        x: float32 (N, *input_shape), the victims of the first seed.
         y: int64 (N).
-        findings: as ``report.compose`` takes them.
+        report: from ``report.compose``.
+        arrays: of the report's bundles in its order, each ``Finding.arrays`` of the first seed, as it is or read back.
+
+    Raises:
+        ServerError: arrays that are not those of the report.
     """
-    worst = [worst_of(each[0].outcomes) for each in findings]
-    enough = min(len(outcome.reconstructions) for outcome in worst)
+    everything = (report, *report["beside"])
+    shapes = {tuple(part.shape[1:]) for each in arrays for part in each.values()}
+    if len(arrays) != len(everything) or shapes != {x.shape[1:]}:
+        raise ServerError("the arrays are not of this report's bundles, or not of these victims")
+    enough = min(len(x), *(len(each["worst"]) for each in arrays))
     _, first = np.unique(y[:enough], return_index=True)
     others = np.setdiff1d(np.arange(enough), first)
-    chosen = np.concatenate([np.sort(first), others])[:_SHOWN]
+    chosen = np.concatenate([np.sort(first), others])[: _IMAGES if x.ndim == 4 else _SIGNALS]
     rows = [Row("the patient's input", x[chosen])]
-    for each, outcome in zip(findings, worst, strict=True):
-        profile = each[0].trained.victim.bundle.manifest.profile
-        rows.append(Row(f"rebuilt from what {profile} sends ({outcome.attack})", outcome.reconstructions[chosen]))
-    rows.append(Row("rebuilt from the decision alone", findings[0][0].floor.reconstructions[chosen]))
+    for audited, each in zip(everything, arrays, strict=True):
+        attack = attack_label(audited["seeds"][0]["worst_attack"], audited)
+        label = f"rebuilt from what {bundle_label(audited, report)} sends ({attack})"
+        rows.append(Row(label, each["worst"][chosen], x[chosen]))
+    rows.append(Row("rebuilt from the decision alone", arrays[0]["floor"][chosen], x[chosen]))
     return rows
 
 
-def render(report: dict[str, Any], rows: Sequence[Row]) -> str:
+def render(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The page, with nothing to load from elsewhere.
 
     Args:
-        report: from ``report.compose``.
+        report: from ``report.compose``, as it is or read back from JSON.
         rows: from ``rows_of``.
     """
     environment = jinja2.Environment(
@@ -80,21 +90,40 @@ def render(report: dict[str, Any], rows: Sequence[Row]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {
+        "percent": lambda value: "-" if value is None else f"{100 * value:.1f} %",
+        "figure": lambda value: "-" if value is None else f"{value:.3f}",
+        "points": lambda value: "-" if value is None else f"{value:+.1f}",
+    }
     measure, shown = shown_by(report)
     audited = [report, *report["beside"]]
     verdict = _verdict(*(shown_by(each)[1] for each in audited))
+    drawn = [
+        [picture(sample, None if row.against is None else row.against[n]) for n, sample in enumerate(row.samples)]
+        for row in rows
+    ]
     return environment.get_template("page.html.j2").render(
         report=report,
-        audited=audited,
+        audited=[
+            {
+                **each,
+                "label": bundle_label(each, report),
+                "shown": shown_by(each)[1],
+                "exposed": exposure_in_words(each["seeds"][0]["exposure"]),
+                "worst": ", ".join(attack_label(name, each) for name in each["worst_attacks"]),
+                "attack_labels": {name: attack_label(name, each) for name in each["seeds"][0]["attacks"]},
+            }
+            for each in audited
+        ],
         verdict="unsure" if verdict == "unproven" else verdict,
         sentence=_VERDICTS[verdict],
         measure=measure,
         shown=shown,
-        rows=[{"label": row.label, "pictures": [_picture(sample) for sample in row.samples]} for row in rows],
-        points=[
-            {"profile": each["profile"], "x": shown_by(each)[1], "y": each["mean"]["accuracy"]} for each in audited
-        ],
-        plot=_Plot([shown_by(each)[1] for each in audited], [each["mean"]["accuracy"] for each in audited]),
+        little=_LITTLE,
+        rows=[{"label": row.label, "pictures": pictures} for row, pictures in zip(rows, drawn, strict=True)],
+        signals=len(report["input_shape"]) == 2,
+        plot=scatter(report, _LITTLE),
+        two_classes=report["classes"] == 2,
     )
 
 
@@ -117,42 +146,3 @@ def _verdict(shown: float, *beside: float) -> str:
     if not any(other > _SOME for other in beside):
         return "unproven"
     return "good" if shown <= _LITTLE else "unsure"
-
-
-class _Plot:
-    """Axes of leakage (to the right) and accuracy (upwards), in a box of 640 by 300."""
-
-    left, right, top, bottom = 60.0, 620.0, 15.0, 250.0
-
-    def __init__(self, shown: Sequence[float], accuracy: Sequence[float]) -> None:
-        self._x = (min(0.0, *shown), max(0.1, *shown) * 1.1)
-        low = min(accuracy) - 0.02
-        self._y = (max(0.0, float(np.floor(50 * low)) / 50), min(1.0, max(accuracy) + 0.02))
-
-    def x(self, value: float) -> float:
-        low, high = self._x
-        return round(self.left + (value - low) / (high - low) * (self.right - self.left), 1)
-
-    def y(self, value: float) -> float:
-        low, high = self._y
-        return round(float(self.bottom - (value - low) / max(high - low, 1e-9) * (self.bottom - self.top)), 1)
-
-    def x_ticks(self) -> list[float]:
-        return [float(value) for value in np.linspace(max(self._x[0], 0.0), self._x[1], 5)]
-
-    def y_ticks(self) -> list[float]:
-        return [float(value) for value in np.linspace(*self._y, 5)]
-
-
-def _picture(sample: Array) -> dict[str, Any]:
-    """An image as a PNG in a data URL, a signal as the points of lines in a box of 120 by 40."""
-    if sample.ndim == 2:
-        across = np.linspace(0, 120, sample.shape[1])
-        lines = [" ".join(f"{x:.1f},{40 * (1 - y):.1f}" for x, y in zip(across, lead, strict=True)) for lead in sample]
-        return {"lines": lines}
-    grey = sample.shape[0] != 3
-    levels = np.rint(255 * np.clip(sample, 0, 1)).astype(np.uint8)
-    image = Image.fromarray(levels[0] if grey else np.ascontiguousarray(levels.transpose(1, 2, 0)))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}

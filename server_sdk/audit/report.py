@@ -1,89 +1,93 @@
-"""What an audit says: one JSON object for programs, one table for people."""
+"""What an audit says: one JSON object for programs, put together from plain fields, wherever they were found."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from edge_sdk.version import __version__
-from server_sdk.audit.trial import Outcome, Trained, worst_of
 from server_sdk.errors import ServerError
 
-__all__ = ["Finding", "compose", "print_table", "shown_by", "write"]
+__all__ = ["attack_label", "bundle_label", "compose", "shown_by", "write"]
 
-_ACCURACY = ("accuracy", "streams", "guide_accuracy", "guide_agreement", "follow_when_wrong", "samples")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one seed found of one bundle.
-
-    Attributes:
-        seed: of training and attacks.
-        trained: device and server.
-        floor: the foe that sees decisions alone.
-        outcomes: of the attacks.
-    """
-
-    seed: int
-    trained: Trained
-    floor: Outcome
-    outcomes: Sequence[Outcome]
-
-    def as_fields(self) -> dict[str, Any]:
-        """As JSON values; excess is the worst attack's above the floor."""
-        worst = worst_of(self.outcomes)
-        figures = self.trained.figures
-        evaluation = figures["evaluation"]
-        return {
-            "seed": self.seed,
-            "perturbed": {name: evaluation[name] for name in _ACCURACY if name in evaluation},
-            "clean_accuracy": figures.get("clean", {}).get("accuracy"),
-            "bytes_per_sample": figures["bytes_per_sample"],
-            "floor": self.floor.as_fields(),
-            "attacks": {each.attack: each.as_fields() for each in self.outcomes},
-            "worst_attack": worst.attack,
-            "excess": worst.excess,
-        }
+_UNDEFENDED = "vanilla"
+_MEANT = ("accuracy", "balanced_accuracy", "auc", "guide_accuracy", "guide_agreement", "follow_when_wrong")
 
 
-def compose(findings: Sequence[Sequence[Finding]], *, data: str, command: str) -> dict[str, Any]:
+def compose(cells: Sequence[Sequence[Mapping[str, Any]]], *, data: str, command: str) -> dict[str, Any]:
     """One object for all.
 
     Args:
-        findings: of each bundle, those of its seeds; the first bundle is the one that is audited, the others stand
-            beside it.
+        cells: of each bundle the ``Finding.as_fields`` of its seeds, as they are or read back from JSON; the first
+            bundle is the one that is audited, the others stand beside it.
         data: name of the data.
         command: that was typed.
+
+    Returns:
+        The audited bundle's facts, ``mean`` and ``spread`` (lowest and highest) over its ``seeds``, ``lost`` (points of
+        accuracy and AUC below the first undefended bundle, or None), and under ``beside`` the same of the others.
+
+    Raises:
+        ServerError: no bundle, a bundle without seeds, or seeds of different bundles in one place.
     """
-    audited, *beside = [_of_bundle(each) for each in findings]
+    if not cells or not all(cells):
+        raise ServerError("a report needs at least one bundle, and at least one seed of each")
+    everything = [_of_bundle(each) for each in cells]
+    base = next((each for each in everything if each["profile"] == _UNDEFENDED), None)
+    for each in everything:
+        each["lost"] = None if base is None else _lost(each["mean"], base["mean"])
+    audited, *beside = everything
     today = datetime.now(UTC).date().isoformat()
     facts = {"data": data, "command": command, "date": today, "versions": {"psgl": __version__}}
     return {**audited, **facts, "beside": beside}
 
 
-def _of_bundle(findings: Sequence[Finding]) -> dict[str, Any]:
-    bundle = findings[0].trained.victim.bundle
-    seeds = [finding.as_fields() for finding in findings]
+def _of_bundle(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    facts = dict(cells[0]["bundle"])
+    if any(cell["bundle"]["id"] != facts["id"] for cell in cells):
+        raise ServerError("seeds of different bundles stand in one place: group the cells by their bundle's id")
+    seeds = [{name: value for name, value in cell.items() if name != "bundle"} for cell in cells]
+    first = [seed["protocols"]["P1"] for seed in seeds]
     excess = {name: _mean([seed["excess"][name] for seed in seeds]) for name in seeds[0]["excess"]}
+    measure = "correlation" if excess["ssim"] is None else "ssim"
     return {
-        "bundle": bundle.id,
-        "profile": bundle.manifest.profile,
+        "bundle": facts.pop("id"),
+        **facts,
         "mean": {
-            "accuracy": _mean([seed["perturbed"]["accuracy"] for seed in seeds]),
-            "clean_accuracy": _mean([seed["clean_accuracy"] for seed in seeds]),
+            **_means(first),
+            "protocols": {name: _means([seed["protocols"][name] for seed in seeds]) for name in seeds[0]["protocols"]},
+            "follow_when_wrong_without_perturbation": _mean(
+                [seed["follow_when_wrong_without_perturbation"] for seed in seeds]
+            ),
+            "bytes_per_sample": _mean([seed["bytes_per_sample"] for seed in seeds]),
+            "bits_per_sample": _mean([seed["exposure"]["bits_per_sample"] for seed in seeds]),
             "excess": excess,
         },
+        "spread": {
+            "accuracy": _spread([each["accuracy"] for each in first]),
+            "auc": _spread([each["auc"] for each in first]),
+            "excess": _spread([seed["excess"][measure] for seed in seeds]),
+        },
+        "worst_attacks": sorted({seed["worst_attack"] for seed in seeds}),
         "seeds": seeds,
+    }
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Of a protocol's measurements."""
+    means = {name: _mean([row[name] for row in rows]) for name in _MEANT if name in rows[0]}
+    return {**means, "clean_accuracy": _mean([(row["clean"] or {}).get("accuracy") for row in rows])}
+
+
+def _lost(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float | None]:
+    none = mine["auc"] is None or base["auc"] is None
+    return {
+        "accuracy_points": 100 * (base["accuracy"] - mine["accuracy"]),
+        "auc_points": None if none else 100 * (base["auc"] - mine["auc"]),
     }
 
 
@@ -100,47 +104,34 @@ def write(path: Path, report: dict[str, Any]) -> None:
         raise ServerError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
-def print_table(report: dict[str, Any], console: Console) -> None:
-    """Print a table for each bundle and seed, and what it comes to."""
-    for audited in (report, *report["beside"]):
-        for seed in audited["seeds"]:
-            _print_seed(f"{audited['profile']} on {report['data']}", seed, console)
-        measure, shown = shown_by(audited)
-        console.print(
-            f"{audited['profile']}: the worst attack shows {shown:+.3f} {measure} more than the decision alone tells "
-            f"(mean of seeds: {len(audited['seeds'])}).\n",
-            highlight=False,
-        )
-
-
-def shown_by(audited: dict[str, Any]) -> tuple[str, float]:
+def shown_by(audited: Mapping[str, Any]) -> tuple[str, float]:
     """The measure that counts, ``SSIM`` for images and ``correlation`` for signals, and the mean excess by it."""
     excess = audited["mean"]["excess"]
     return ("correlation", excess["correlation"]) if excess["ssim"] is None else ("SSIM", excess["ssim"])
 
 
-def _print_seed(name: str, seed: dict[str, Any], console: Console) -> None:
-    title = f"{name}, seed {seed['seed']}: reconstructions compared with x"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("what the foe has", no_wrap=True)
-    for heading in ("victims", "SSIM", "corr.", "NMSE", "recognised"):
-        table.add_column(heading, justify="right")
-    for attack, row in (("the decision", seed["floor"]), *seed["attacks"].items()):
-        ssim = "-" if row["ssim"] is None else f"{row['ssim']:.3f}"
-        values = (f"{row['correlation']:.3f}", f"{row['nmse']:.3f}")
-        style = "bold red" if attack == seed["worst_attack"] else None
-        table.add_row(attack, str(row["victims"]), ssim, *values, f"{row['classified']:.1%}", style=style)
-    console.print(table)
-    perturbed = seed["perturbed"]
-    line = f"accuracy {perturbed['accuracy']:.1%}"
-    if seed["clean_accuracy"] is not None:
-        line += (
-            f", unperturbed inputs {seed['clean_accuracy']:.1%}; agrees with the guide in "
-            f"{perturbed['guide_agreement']:.1%}, repeats its mistakes in {perturbed['follow_when_wrong']:.1%}"
-        )
-    console.print(f"{line}; {seed['bytes_per_sample']:,.0f} bytes a sample", highlight=False)
+def bundle_label(audited: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """What a bundle is called: its profile, with the file's name where bundles of one profile stand side by side."""
+    profiles = [each["profile"] for each in (report, *report["beside"])]
+    profile: str = audited["profile"]
+    return f"{profile} ({audited['name']})" if profiles.count(profile) > 1 else profile
+
+
+def attack_label(attack: str, audited: Mapping[str, Any]) -> str:
+    """What an attack is called; means over sends of a frozen front are those of a device that it is not.
+
+    A frozen front's noise is the same with each send of a sample, so that its mean tells nothing new; the attack shows
+    what would be left of the protection if it were not.
+    """
+    supposed = audited["frozen"] and attack.startswith("averaging_")
+    return f"{attack}, if noise were drawn anew" if supposed else attack
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
-    return fmean(numbers) if len(numbers) == len(values) else None
+    return fmean(numbers) if numbers and len(numbers) == len(values) else None
+
+
+def _spread(values: Sequence[float | None]) -> list[float] | None:
+    numbers = [value for value in values if value is not None]
+    return [min(numbers), max(numbers)] if numbers and len(numbers) == len(values) else None

@@ -6,21 +6,23 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.batch import as_batch, save_dataset
-from edge_sdk.bundle import load_bundle
+from edge_sdk.bundle import Manifest, load_bundle
 from edge_sdk.codec import unpack_tensors
 from edge_sdk.errors import WireError
 from edge_sdk.front import FrontState
+from edge_sdk.ledger import bits_per_sample
 from edge_sdk.noise import KEY_BYTES
 from server_sdk.assembly import back_path, trainer_from
 from server_sdk.audit.attacks.attack import Attack, Knowledge, Progress
 from server_sdk.audit.attacks.decoder import LearnedDecoder
 from server_sdk.audit.division import Division
+from server_sdk.audit.exposure import Exposure
 from server_sdk.audit.metrics import Likeness, likeness
 from server_sdk.audit.twin import Twin
 from server_sdk.audit.victim import Victim
@@ -30,7 +32,7 @@ from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
 from server_sdk.reference.guide import Guide, fit_guide
 from server_sdk.trainer import Trainer
 
-__all__ = ["Outcome", "Trained", "Trial", "attack", "train", "worst_of"]
+__all__ = ["Outcome", "Trained", "Trial", "attack", "decide", "shipped", "train", "worst_of"]
 
 Array = npt.NDArray[np.float32]
 _CODEC = "float16"
@@ -46,6 +48,7 @@ class Trial:
         folder: where the fleet's files go; its name becomes the fleet's.
         rounds, batch: of the training.
         seed: of the order of the batches and of the attacks.
+        protocol: ``P1``: perturbed in training and at test; ``P2``: trained unperturbed, perturbed at test.
     """
 
     bundle: Path
@@ -53,6 +56,7 @@ class Trial:
     rounds: int
     batch: int
     seed: int
+    protocol: Literal["P1", "P2"] = "P1"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Trained:
         twin: the victim again, differentiable, or None where its model does not allow it.
         server: decides on activations.
         figures: the server's own, with ``evaluation`` (defence on) and ``clean`` (inputs unperturbed).
+        exposure: how often its samples have crossed.
     """
 
     victim: Victim
@@ -72,6 +77,7 @@ class Trained:
     twin: Twin | None
     server: Trainer
     figures: dict[str, Any]
+    exposure: Exposure
 
 
 @dataclass(frozen=True)
@@ -125,15 +131,17 @@ def train(
     """
     bundle = load_bundle(trial.bundle)
     shard = trial.folder / "device.npz"
-    save_dataset(shard, division.train, division.victims)
+    save_dataset(shard, division.train, division.victims, input_range=bundle.manifest.input_range)
     wire = ("--codec", _CODEC, "--chunk-bytes", "262144")
-    perturbs = bundle.manifest.normalisation is not None
+    protocol = ["--train-unperturbed"] if trial.protocol == "P2" else []
+    if bundle.manifest.normalisation is not None:
+        protocol.append("--measure-clean")
     fleet = FleetOptions(
         trial.folder,
         trial.bundle,
         (shard,),
         server=("--rounds", str(trial.rounds), "--batch", str(trial.batch), "--evaluate-every", "0", *wire),
-        device=("--seed", str(trial.seed), *wire, *(["--measure-clean"] if perturbs else [])),
+        device=("--seed", str(trial.seed), *wire, *protocol),
     )
     run = FleetRun()
     for event in run_fleet(fleet, broker, run):
@@ -154,7 +162,48 @@ def train(
     except ModelError as exc:
         on_event({"event": "note", "text": f"no white-box search: {exc}"})
         twin = None
-    return Trained(victim, foe, twin, server, run.figures)
+    steps = int(run.devices[0]["steps"])  # none where each sample is sent once and the front stays
+    exposure = Exposure(
+        bits_per_sample(bundle.manifest),
+        training_samples=len(division.train),
+        training_sends=steps * trial.batch or len(division.train),
+        versions=max(steps, 1),
+        decisions=len(division.victims),
+    )
+    return Trained(victim, foe, twin, server, run.figures, exposure)
+
+
+def shipped(path: Path, *, seed: int, decisions: int) -> Trained:
+    """A device and its server as they were exported: of a frozen front, with a back that was trained beside it.
+
+    Args:
+        path: of the bundle, with the back's weights beside it.
+        seed: of the keys of their noise.
+        decisions: how many samples the device is going to send.
+
+    Raises:
+        BundleError, ModelError: a bundle or weights that cannot be used.
+    """
+    bundle = load_bundle(path)
+    front = FrontState(0, dict(bundle.initial))
+    victim, foe = (Victim(bundle, front, codec=_CODEC, key=_key(seed, who)) for who in ("victim", "foe"))
+    server = trainer_from(bundle, back_path(path), rounds=1)
+    exposure = Exposure(bits_per_sample(bundle.manifest), 0, 0, 1, decisions)
+    return Trained(victim, foe, None, server, {}, exposure)
+
+
+def decide(trained: Trained, x: npt.NDArray[Any], *, epsilon: float | None = None) -> Array:
+    """What the server decides on samples as the trained device sends them.
+
+    Args:
+        x: (N, *input_shape), as ``as_batch`` takes it.
+        epsilon: in place of the bundle's budget; 0 leaves the perturbation out.
+
+    Returns:
+        Probabilities, float32 (N, K).
+    """
+    seen = trained.victim.send(x, epsilon=epsilon)
+    return _probabilities(trained.server, seen, trained.victim.bundle.manifest.max_batch)
 
 
 def attack(
@@ -190,9 +239,9 @@ def attack(
     plain = next((each for each in attacks if isinstance(each, LearnedDecoder) and each.kind == "mlp"), None)
     if plain is None or not fitting:
         raise ServerError("an audit needs the mlp decoder: it gives the floor, and fits every cut")
-    own, x = (_floats(samples.x, manifest.input_shape) for samples in (division.auxiliary, division.victims))
+    own, x = (_floats(samples.x, manifest) for samples in (division.auxiliary, division.victims))
     seen_own, seen = trained.foe.send(own), trained.victim.send(x)
-    judge = _judge(division, own, len(manifest.classes), seed)
+    judge = _judge(division, own, manifest, seed)
     told_own, told = (_decisions(trained.server, part, manifest.max_batch) for part in (seen_own, seen))
 
     def rebuilt(each: Attack, knowledge: Knowledge, of: Array, name: str) -> Array:
@@ -229,23 +278,27 @@ def _key(seed: int, who: str) -> bytes:
     return hashlib.blake2b(f"{who} {seed}".encode(), digest_size=KEY_BYTES).digest()
 
 
-def _floats(x: npt.NDArray[Any], shape: tuple[int, ...]) -> Array:
-    return as_batch(x, shape, max_batch=len(x))
+def _floats(x: npt.NDArray[Any], manifest: Manifest) -> Array:
+    return as_batch(x, manifest.input_shape, max_batch=len(x), input_range=manifest.input_range)
+
+
+def _probabilities(server: Trainer, seen: Array, part: int) -> Array:
+    decided = [server.decide(seen[start : start + part]).probabilities for start in range(0, len(seen), part)]
+    return np.concatenate(decided)
 
 
 def _decisions(server: Trainer, seen: Array, part: int) -> Array:
     """The decided class of each sample, one-hot: float32 (N, K)."""
-    decided = [server.decide(seen[start : start + part]).probabilities for start in range(0, len(seen), part)]
-    probabilities = np.concatenate(decided)
+    probabilities = _probabilities(server, seen, part)
     one_hot: Array = np.eye(probabilities.shape[1], dtype=np.float32)[probabilities.argmax(axis=1)]
     return one_hot
 
 
-def _judge(division: Division, own: Array, classes: int, seed: int) -> Guide:
+def _judge(division: Division, own: Array, manifest: Manifest, seed: int) -> Guide:
     """A classifier of clean inputs, trained on all that is not a victim."""
-    clean = np.concatenate([_floats(division.train.x, own.shape[1:]), own])
+    clean = np.concatenate([_floats(division.train.x, manifest), own])
     labels = np.concatenate([division.train.y, division.auxiliary.y])
-    return fit_guide(clean, labels, classes=classes, seed=seed, epochs=_JUDGE_EPOCHS)
+    return fit_guide(clean, labels, classes=len(manifest.classes), seed=seed, epochs=_JUDGE_EPOCHS)
 
 
 def _share(judge: Guide, x: Array, y: npt.NDArray[np.int64]) -> float:

@@ -127,5 +127,10 @@ class Victim:
         version = self._state.version + (0 if manifest.frozen else later)
         state = FrontState(version, self._state.tensors)
         for start in range(0, len(x), manifest.max_batch):
-            batch = as_batch(x[start : start + manifest.max_batch], manifest.input_shape, max_batch=manifest.max_batch)
+            batch = as_batch(
+                x[start : start + manifest.max_batch],
+                manifest.input_shape,
+                max_batch=manifest.max_batch,
+                input_range=manifest.input_range,
+            )
             yield self._front.forward(state, batch, None, training=False, epsilon=epsilon, noise=noise)

@@ -34,7 +34,8 @@ def test_integers_are_scaled_by_their_range() -> None:
         (np.full((1, 1, 4, 4), np.inf), "infinite"),
         (np.full((1, 1, 4, 4), 1.5), "scale them"),
         (np.full((1, 1, 4, 4), -0.1), "scale them"),
-        (np.zeros((1, 1, 4, 4), np.int64), "int64"),
+        (np.zeros((1, 1, 4, 4), np.int16), "int16, a sensor's own units.*--input-range LOW HIGH"),
+        (np.zeros((1, 1, 4, 4), bool), "bool"),
         (np.array([["a"]]), "Nx1x4x4"),
         (3.0, "a scalar"),
     ],
@@ -42,6 +43,15 @@ def test_integers_are_scaled_by_their_range() -> None:
 def test_a_wrong_batch_is_refused_with_the_remedy(x: Any, words: str) -> None:
     with pytest.raises(BatchError, match=words):
         as_batch(x, SHAPE, max_batch=4)
+
+
+def test_sensor_units_are_mapped_by_the_range_and_clipped() -> None:
+    x = np.array([[[-2048, -100, 0, 150, 400, 401, 2047, 32767]]], np.int16)
+    batch = as_batch(x, (1, 8), max_batch=4, input_range=(-100, 400))
+    assert batch.dtype == np.float32 and batch.flags["C_CONTIGUOUS"]
+    assert np.allclose(batch[0, 0], [0, 0, 0.2, 0.5, 1, 1, 1, 1])
+    others = np.array([[[0, 51, 255, 0, 0, 0, 0, 0]]], np.uint8)
+    assert np.allclose(as_batch(others, (1, 8), max_batch=4, input_range=(-100, 400))[0, 0, :3], [0, 0.2, 1])
 
 
 @given(hnp.arrays(np.float32, (2, 1, 4, 4), elements=st.floats(-2, 2, width=32) | st.just(np.float32("nan"))))
@@ -85,6 +95,15 @@ def test_shifts_move_whole_images_and_repeat_their_border() -> None:
     assert set(np.unique(again)) <= set(range(8)) and again.shape == bordered.shape
 
 
+def test_shifts_move_signals_in_time_with_all_their_channels() -> None:
+    beats = np.zeros((40, 3, 32), np.int16)
+    beats[:, :, 16] = 900
+    moved = next(batches(Samples(beats, np.arange(40)), 40, seed=0, device="a", shift=4)).x
+    peaks = moved.argmax(axis=2)
+    assert moved.shape == beats.shape and (peaks == peaks[:, :1]).all()
+    assert set(np.unique(peaks)) == set(range(12, 21))
+
+
 def write(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path
@@ -121,6 +140,57 @@ def test_odd_sizes_are_padded_and_said_so(tmp_path: Path) -> None:
     assert data.input_shape == (1, 10, 8)
     assert "9x8 were padded with zeros to 10x8" in data.notes[0]
     assert (data.train.x[:, :, 9] == 0).all() and (data.train.x[:, :, :9] == 7).all()
+
+
+def beats(**changes: Any) -> dict[str, Any]:
+    """As from an ECG patch: one lead, int16, a normal beat or another one."""
+    generator = np.random.default_rng(0)
+    made: dict[str, Any] = {"kind": "signal", "input_range": [-300, 500]}
+    for part, count in (("train", 6), ("test", 4)):
+        made[f"x_{part}"] = generator.integers(-400, 600, (count, 256), dtype=np.int16)
+        made[f"y_{part}"] = np.arange(count) % 2
+    return {name: value for name, value in (made | changes).items() if value is not None}
+
+
+def test_signals_stay_in_the_sensors_units_until_a_batch_is_made(tmp_path: Path) -> None:
+    data = load_dataset(write(tmp_path / "ecg.npz", **beats()))
+    assert data.input_shape == (1, 256) and data.train.x.dtype == np.int16
+    assert data.input_range == (-300.0, 500.0) and data.notes == ()
+    bare = write(tmp_path / "bare.npz", **beats(kind=None, input_range=None))
+    assert load_dataset(bare, signal=True).input_range is None
+    leads = beats(x_train=np.zeros((6, 12, 64)), x_test=np.zeros((4, 12, 64)))
+    assert load_dataset(write(tmp_path / "leads.npz", **leads)).input_shape == (12, 64)
+    assert load_dataset(write(tmp_path / "leads.npz", **leads | {"kind": "image"})).input_shape == (1, 12, 64)
+
+
+def test_signals_of_odd_length_go_on_with_their_last_value(tmp_path: Path) -> None:
+    odd = beats(x_train=np.full((6, 2, 9), -7, np.int16), x_test=np.full((4, 2, 9), -7, np.int16))
+    data = load_dataset(write(tmp_path / "odd.npz", **odd))
+    assert data.input_shape == (2, 10) and (data.train.x == -7).all() and (data.test.x == -7).all()
+    assert data.notes == ("signals of length 9 were padded with their last value to 10",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": None}, "kind='signal'"),
+        ({"kind": "sound"}, "'sound': write 'signal' or 'image'"),
+        ({"kind": ["signal", "image"]}, "write 'signal' or 'image'"),
+        ({"input_range": [500, -300]}, "lower first"),
+        ({"input_range": [0, np.nan]}, "lower first"),
+        ({"input_range": [0, 1, 2]}, "input_range"),
+        ({"input_range": "0 to 1"}, "input_range"),
+        ({"x_train": np.zeros((6, 65, 256), np.int16)}, "1 to 64 channels"),
+        ({"x_train": np.zeros((6, 7), np.int16)}, "at least 8 steps"),
+        ({"x_train": np.zeros((6, 1, 16, 16), np.int16)}, "needed are"),
+        ({"x_train": np.zeros((6, 256), complex)}, "complex"),
+        ({"x_train": np.linspace(-3, 3, 6 * 256).reshape(6, 256)}, "signed integers"),
+    ],
+)
+def test_a_bad_file_of_signals_gives_one_clear_line(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(BatchError, match=words) as caught:
+        load_dataset(write(tmp_path / "bad.npz", **beats(**changes)))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +237,12 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     save_dataset(tmp_path / "folder" / "x.npz", part, part)
     back = load_dataset(tmp_path / "folder" / "x.npz")
     assert np.array_equal(back.train.x, part.x) and np.array_equal(back.test.y, part.y)
+    assert back.train.x.shape == part.x.shape and back.input_range is None
+    ecg = Samples(np.arange(-32, 32, dtype=np.int16).reshape(4, 1, 16), part.y)
+    save_dataset(tmp_path / "ecg.npz", ecg, ecg, input_range=(-20, 20))
+    again = load_dataset(tmp_path / "ecg.npz")
+    assert np.array_equal(again.train.x, ecg.x) and again.train.x.dtype == np.int16
+    assert again.input_range == (-20.0, 20.0)
     (tmp_path / "file").write_text("")
     with pytest.raises(BatchError, match="cannot be written"):
         save_dataset(tmp_path / "file" / "x.npz", part, part)

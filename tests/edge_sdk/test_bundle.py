@@ -108,6 +108,23 @@ def test_a_bundle_from_before_these_fields_is_refused(name: str, built: dict[str
         load_bundle(rewritten(built["vanilla"].path, tmp_path / "x", without))
 
 
+def test_the_range_of_a_sensor_is_recorded_and_may_be_missing(built: dict[str, Any], tmp_path: Path) -> None:
+    vanilla = built["vanilla"].bundle
+    assert vanilla.manifest.input_range is None
+    with zipfile.ZipFile(built["vanilla"].path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist() if name != MANIFEST}
+    write_bundle(tmp_path / "ranged.psgl", replace(vanilla.manifest, input_range=(-300.0, 500.0)), files)
+    assert load_bundle(tmp_path / "ranged.psgl").manifest.input_range == (-300.0, 500.0)
+
+    def forget(files: dict[str, bytes]) -> None:
+        document = json.loads(files[MANIFEST])
+        del document["input_range"]
+        files[MANIFEST] = json.dumps(document).encode()
+
+    older = rewritten(built["vanilla"].path, tmp_path / "older.psgl", forget)
+    assert load_bundle(older).manifest.input_range is None
+
+
 def test_cut_off_anywhere(built: dict[str, Any], tmp_path: Path) -> None:
     data = built["vanilla"].path.read_bytes()
     for share in (0.0, 0.01, 0.5, 0.9, 0.999):
@@ -161,6 +178,10 @@ def change_graph(files: dict[str, bytes]) -> None:
         (manifest(input_shape="1x8x8"), "incomplete"),
         (manifest(learning_rate=float("nan")), "not JSON"),
         (manifest(max_batch=True), "incomplete"),
+        (manifest(input_range=[1, 1]), "not a range"),
+        (manifest(input_range=[0, 1, 2]), "not a range"),
+        (manifest(input_range=[0, True]), "not a range"),
+        (manifest(input_range="all"), "not a list"),
         (lambda files: files.pop(MANIFEST), "needs one manifest.json"),
         (lambda files: files.update({MANIFEST: b"[" * 100_000}), "not JSON"),
     ],

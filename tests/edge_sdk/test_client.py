@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,13 @@ def gradient_for(message: Message, **changes: Any) -> Message:
     fields = {"front": message.fields["front"], "rate": 1.0, "loss": 0.5, "round": 1}
     gradient = np.full_like(message.tensors["activations"], 0.01)
     return Message("gradient", message.run, message.session, message.step, fields | changes, {"gradient": gradient})
+
+
+def decision_for(message: Message) -> Message:
+    count = len(message.tensors["activations"])
+    probabilities = np.tile(np.array([0.1, 0.7, 0.2], np.float32), (count, 1))
+    tensors = {"probabilities": probabilities, "class.fused": np.ones(count, np.int64)}
+    return Message("decision", message.run, message.session, message.step, {}, tensors)
 
 
 @contextmanager
@@ -91,6 +100,46 @@ def test_a_step_sends_activations_and_takes_the_gradient(profile: str, built: di
     assert client.unperturbed == (6 if profile == "vanilla" else 0)
     assert not np.array_equal(client.front.tensors["p.conv1.weight"], before.tensors["p.conv1.weight"])
     assert client.state.outbox == () and client.bytes_per_sample > 0
+
+
+def test_protocol_2_trains_unperturbed_and_asks_perturbed(built: dict[str, Any], samples: Draw) -> None:
+    def answer(m: Message, n: int) -> list[Message]:
+        if m.kind == "train":
+            return [gradient_for(m)]
+        return [decision_for(m)]
+
+    paper, batch = built["paper"], samples(6, 1)
+    x = batch.x.astype(np.float32) / 255
+    fronts = []
+    for train_epsilon in (None, 0.0):
+        broker = MemoryBroker()
+        with scripted_server(broker, paper.bundle.id, answer) as seen:
+            with make_client(broker, paper, train_epsilon=train_epsilon) as client:
+                before = client.front
+                client.train_step(batch.x, batch.y)
+                client.infer(batch.x)
+                after = client.front
+        own = Front(paper.bundle)
+        trained = own.forward(before, x, None, training=True, epsilon=train_epsilon)
+        assert np.array_equal(seen[0].tensors["activations"], trained.activations)
+        asked = own.forward(after, x, None, training=False)
+        assert np.array_equal(seen[1].tensors["activations"], asked.activations), "the bundle's budget at test"
+        fronts.append(after)
+    assert not np.array_equal(fronts[0].tensors["p.conv1.weight"], fronts[1].tensors["p.conv1.weight"])
+
+
+def test_sensor_units_are_mapped_by_the_bundles_range(built: dict[str, Any]) -> None:
+    plain = built["vanilla"]
+    ranged = SimpleNamespace(
+        bundle=replace(plain.bundle, manifest=replace(plain.bundle.manifest, input_range=(-100, 100)))
+    )
+    x = np.random.default_rng(0).integers(-150, 150, (6, 1, 8, 8), dtype=np.int16)
+    broker = MemoryBroker()
+    with scripted_server(broker, plain.bundle.id, lambda m, n: [decision_for(m)]) as seen:
+        with make_client(broker, ranged) as client:
+            client.infer(x)
+            client.infer(np.clip((x / np.float32(200)) + np.float32(0.5), 0, 1))
+    assert np.allclose(seen[0].tensors["activations"], seen[1].tensors["activations"], atol=1e-5)
 
 
 def test_the_same_bytes_go_out_until_the_reply_comes(built: dict[str, Any], samples: Draw) -> None:
@@ -293,13 +342,8 @@ def test_a_wrong_batch_never_leaves_the_device(built: dict[str, Any]) -> None:
 
 
 def test_a_decision_has_streams_and_the_guides_own_word(built: dict[str, Any], samples: Draw) -> None:
-    def answer(m: Message, n: int) -> list[Message]:
-        probabilities = np.tile(np.array([0.1, 0.7, 0.2], np.float32), (6, 1))
-        tensors = {"probabilities": probabilities, "class.fused": np.ones(6, np.int64)}
-        return [Message("decision", m.run, m.session, m.step, {}, tensors)]
-
     broker, batch = MemoryBroker(), samples(6, 1)
-    with scripted_server(broker, built["paper"].bundle.id, answer) as seen:
+    with scripted_server(broker, built["paper"].bundle.id, lambda m, n: [decision_for(m)]) as seen:
         with make_client(broker, built["paper"]) as client:
             decision = client.infer(batch.x)
     assert decision.classes.tolist() == [1] * 6 and set(decision.streams) == {"fused"}

@@ -85,6 +85,17 @@ def test_laplace_noise_is_the_bundles(built: dict[str, Any], samples: Draw) -> N
     assert heavy > 4.5 and 2.5 < light < 3.5, "kurtosis is 6 and 3"
 
 
+def test_a_weight_without_a_gradient_stays(built: dict[str, Any], samples: Draw) -> None:
+    """Adam divides 0 by its epsilon there, which the graph must not have lost."""
+    front = Front(built["paper"].bundle)
+    before = front.initial_state()
+    forward = front.forward(before, batch(samples), None, training=True, epsilon=0.0)
+    after = front.backward(before, front.prepare(before, forward), np.full_like(forward.activations, 0.01), rate=0.01)
+    weight, was = after.tensors["p.conv1.weight"], before.tensors["p.conv1.weight"]
+    assert np.array_equal(weight[:, -1], was[:, -1]), "the map's channel, dark without a perturbation"
+    assert not np.array_equal(weight[:, :-1], was[:, :-1])
+
+
 def test_an_exploding_step_is_refused(built: dict[str, Any], samples: Draw) -> None:
     front = Front(built["vanilla"].bundle)
     state = front.initial_state()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_sdk.batch import Samples, save_dataset
@@ -44,19 +45,64 @@ def test_an_audit(built: dict[str, Any], data: Path, tmp_path: Path) -> None:
         assert whole["excess"]["ssim"] == pytest.approx(whole["ssim"] - seed["floor"]["ssim"])
         assert audited["mean"]["excess"]["ssim"] > 0.05, "no profile hides its inputs from this foe"
         assert worst["nmse"] < 0.7 * seed["floor"]["nmse"]
-        assert seed["perturbed"]["samples"] == 90
-        assert (seed["clean_accuracy"] is None) == (profile != "paper")
+        assert set(seed["protocols"]) == ({"P1", "P2"} if profile == "paper" else {"P1"})
+        for measured in seed["protocols"].values():
+            assert measured["samples"] == 90 and (measured["clean"] is None) == (profile != "paper")
+            assert 0 <= measured["balanced_accuracy"] <= 1 and 0.5 < measured["auc"] <= 1
+        assert seed["protocols"]["P1"]["balanced_accuracy"] == pytest.approx(
+            seed["protocols"]["P1"]["accuracy"], abs=0.05 if profile == "gaussian" else 1e-6
+        ), "classes are equally frequent; the audit draws other noise than the device"
+        exposure = seed["exposure"]
+        assert (exposure["training_samples"], exposure["training_sends"], exposure["front_versions"]) == (300, 640, 20)
+        assert exposure["most_sends_of_a_sample"] == 3 and exposure["bits_per_sample"] is None
+        without = seed["follow_when_wrong_without_perturbation"]
+        assert (without is None) == (profile != "paper")
         assert f"{audited['mean']['excess']['ssim']:+.3f} SSIM" in " ".join(done.stdout.split())
-    assert "can rebuild its inputs" in (tmp_path / "out" / "audit.html").read_text()
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert "can rebuild its inputs" in page and "P2, stream fused" in page
+    paper = report["seeds"][0]["protocols"]
+    assert paper["P2"] != paper["P1"], "another training"
+    assert report["lost"]["accuracy_points"] == pytest.approx(
+        100 * (report["beside"][0]["mean"]["accuracy"] - report["mean"]["accuracy"])
+    )
+
+
+def test_an_audit_of_signals_in_a_sensors_units(tmp_path: Path) -> None:
+    """One lead, int16, normal beats against others: build and audit as one would an ECG."""
+    generator = np.random.default_rng(0)
+    beat = 900 * np.exp(-(((np.arange(32) - 15) / 3) ** 2))
+
+    def beats(count: int) -> Samples:
+        y = np.arange(count) % 2
+        drift = generator.normal(0, 150, (count, 1))
+        return Samples((np.where(y, -1, 1)[:, None] * beat + drift).astype(np.int16)[:, None], y.astype(np.int64))
+
+    save_dataset(tmp_path / "guide.npz", beats(60), beats(20))
+    save_dataset(tmp_path / "ecg.npz", beats(240), beats(40))
+    built = [sys.executable, "-m", "export.cli", "build", "--profile", "vanilla", "-o", str(tmp_path / "ecg.psgl")]
+    done = subprocess.run([*built, "--data", str(tmp_path / "guide.npz")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "the 0.1 and 99.9 percentiles" in done.stderr, done.stderr
+    short = ("--rounds", 8, "--epochs", 8, "--width", 8, "--steps", 20, "--threads", 1, "--json")
+    done = run_audit(tmp_path / "ecg.psgl", "--data", tmp_path / "ecg.npz", "--out", tmp_path / "out", *short)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["input_shape"] == [1, 32] and report["mean"]["auc"] > 0.5
+    assert report["mean"]["excess"]["ssim"] is None and report["mean"]["excess"]["correlation"] is not None
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert 'class="rebuilt"' in page and "AUC against leakage" in page
 
 
 def test_what_cannot_be_audited_is_said_in_one_line(built: dict[str, Any], data: Path, tmp_path: Path) -> None:
     bundle = built["vanilla"].path
+    raw = Samples(np.zeros((30, 1, 8, 8), np.int16), np.arange(30) % 3)
+    save_dataset(tmp_path / "int16.npz", raw, raw)
     for arguments, words in (
         ((bundle, "--data", data, "--seeds", 0), "--seeds"),
         ((bundle, "--data", tmp_path / "none.npz"), "there is no data file"),
         ((tmp_path / "none.psgl", "--data", data), "there is no bundle"),
         ((bundle, "--data", data, "--foe", 1.5), "share"),
+        ((bundle, "--data", data, "--protocols", "P2"), "--protocols is P1 or P1,P2"),
+        ((bundle, "--data", tmp_path / "int16.npz"), "--input-range LOW HIGH"),
         ((bundle, "--data", data, "--batch", 4096), "--batch is at most"),
     ):
         done = run_audit(*arguments, "--out", tmp_path / "out")

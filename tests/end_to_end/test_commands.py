@@ -197,6 +197,7 @@ def test_a_broker_that_stays_dead(built: dict[str, Any], data: Path) -> None:
         (("server_sdk.cli", "train", "{b}", "--rounds", "0"), "--rounds"),
         (("server_sdk.cli", "train", "{b}", "--batch", "100000"), "--batch"),
         (("export.cli", "build", "--data", "{d}", "-o", "x", "--epsilon", "2"), "--epsilon"),
+        (("export.cli", "build", "--data", "{d}", "-o", "x", "--input-range", "5", "-5"), "lower one first"),
         (("export.cli", "build", "--data", "none.npz", "-o", "x"), "no data file"),
     ],
 )

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from edge_sdk.batch import Samples, as_batch
 from edge_sdk.bundle import load_bundle
-from edge_sdk.front import Front
-from export.build import BuildOptions, build_bundle, class_names
+from edge_sdk.errors import BatchError
+from edge_sdk.front import Front, FrontState
+from export.build import BuildOptions, build_bundle, class_names, measured_range, prepare_guide
 from export.errors import ExportError
 from export.graphs import Optimizer, build_graphs
 from export.parity import check_parity
@@ -127,6 +129,41 @@ def test_what_stands_in_the_place_of_the_profiles(tmp_path: Path) -> None:
     assert (manifest.noise, manifest.noise_kind, manifest.bits) == (0.5, "laplace", 2)
     assert manifest.span == (float(np.float32(-0.1)), float(np.float32(0.7)))
     assert not manifest.frozen and manifest.bound == 0
+
+
+def test_the_range_of_a_sensor_comes_from_its_samples() -> None:
+    x = np.arange(-5000, 5001, dtype=np.int16).reshape(-1, 1, 73)[:130]
+    samples = Samples(x, np.arange(130))
+    low, high = np.percentile(x, (0.1, 99.9))
+    assert measured_range(samples) == (low, high) and x.min() < low < high < x.max()
+    assert measured_range(Samples(x.astype(np.uint8), samples.y)) is None
+    with pytest.raises(ExportError, match="--input-range LOW HIGH"):
+        measured_range(Samples(np.zeros_like(x), samples.y))
+
+
+def test_a_bundle_of_signals_in_a_sensors_units(tmp_path: Path) -> None:
+    """Many normal beats, and others that are inverted: build from int16, and the device's graphs tell them apart."""
+    generator = np.random.default_rng(0)
+    y = np.arange(80) % 2
+    beat = 900 * np.exp(-(((np.arange(64) - 30) / 4) ** 2))
+    x = (np.where(y, -1, 1)[:, None] * beat + generator.normal(0, 40, (80, 64))).astype(np.int16)[:, None]
+    samples = Samples(x, y)
+    guide = prepare_guide(samples, 2, seed=0, epochs=6, input_range=(-1000.0, 1000.0))
+    options = BuildOptions("paper", (1, 64), ("N", "other"), input_range=(-1000.0, 1000.0))
+    build_bundle(tmp_path / "ecg.psgl", options, guide)
+    bundle = load_bundle(tmp_path / "ecg.psgl")
+    assert bundle.manifest.input_range == (-1000.0, 1000.0)
+    batch = as_batch(x, (1, 64), max_batch=80, input_range=bundle.manifest.input_range)
+    done = Front(bundle).forward(FrontState(0, bundle.initial), batch, None, training=False)
+    assert done.guide is not None and (done.guide.argmax(axis=1) == y).mean() > 0.95
+    with pytest.raises(BatchError, match="--input-range"):
+        prepare_guide(samples, 2, seed=0, epochs=1)
+
+
+SPEC: dict[str, Any] = {
+    "factory": "server_sdk.reference.networks:reference_network",
+    "arguments": {"in_channels": 5, "grid": [4, 4], "classes": 3},
+}
 
 
 @pytest.mark.parametrize("wrong", ["weights", "guide", "epsilon", "optimizer"])
