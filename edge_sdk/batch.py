@@ -1,12 +1,14 @@
 """Sensor arrays become the float32 batch that the front takes, or a clear error; data files become shards.
 
 A data file is an ``.npz`` with ``x_train``, ``y_train``, ``x_test``, ``y_test`` (or MedMNIST's ``train_images``,
-``train_labels``, ``test_images``, ``test_labels``) and, where they are needed, two more keys:
+``train_labels``, ``test_images``, ``test_labels``) and, where they are needed, three more keys:
 
 - ``kind``: ``"signal"`` or ``"image"``; without it samples are images, unless the caller says otherwise, since
   (N, 8, 256) may be either. Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; signals (N, T) or
   (N, C, T) with C up to 64.
 - ``input_range``: two numbers, the sensor values that become 0 and 1.
+- ``group_train``: an integer for each training sample, its patient or record: whoever divides the samples keeps a group
+  together.
 
 Float samples must lie in [0, 1]. Unsigned integers are scaled from their type's range. Signed integers are a sensor's
 own units: one affine map takes ``input_range`` to [0, 1], and what lies outside is clipped. ``psgl-export build``
@@ -33,6 +35,7 @@ _NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_images", "train_labels", "test_images", "test_labels"),
 )
+_EXTRAS = ("kind", "input_range", "group_train")
 _MAX_CLASSES = 1000
 _MAX_LEADS = 64
 _LEAST_SIZE = 8
@@ -49,17 +52,20 @@ class Samples:
     Attributes:
         x: (N, C, H, W) or, signals, (N, C, T): float32 in [0, 1], or integers, which stay small until a batch is made.
         y: int64 (N), labels 0 to K-1.
+        groups: int64 (N), the patient or record of each, or None where each sample is its own.
     """
 
     x: npt.NDArray[Any]
     y: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def take(self, index: npt.NDArray[np.int64]) -> Samples:
         """The samples at these positions."""
-        return Samples(self.x[index], self.y[index])
+        groups = None if self.groups is None else self.groups[index]
+        return Samples(self.x[index], self.y[index], groups)
 
 
 @dataclass(frozen=True)
@@ -216,9 +222,11 @@ def load_dataset(path: str | Path, *, classes: int | None = None, signal: bool |
             range; without ``classes`` a single class or a gap between labels.
     """
     path = Path(path)
-    arrays, kind, input_range = _read(path)
+    arrays, extras = _read(path)
+    kind, input_range = _kind(path, extras), _range(path, extras)
     shaped = _signals if (kind == "signal" if signal is None else signal) else _images
     train, test = (_samples(path, arrays[i], arrays[i + 1], part, shaped) for i, part in ((0, "train"), (2, "test")))
+    train = replace(train, groups=_groups(path, extras, len(train)))
     if train.x.shape[1:] != test.x.shape[1:]:
         raise BatchError(
             f"{path}: training samples are {train.x.shape[1:]}, test samples {test.x.shape[1:]}: they must agree"
@@ -273,12 +281,14 @@ def save_dataset(path: str | Path, train: Samples, test: Samples, *, input_range
         arrays["kind"] = np.array(_KINDS[train.x.ndim == 3])
         if input_range is not None:
             arrays["input_range"] = np.array(input_range, np.float64)
+        if train.groups is not None:
+            arrays["group_train"] = train.groups
         np.savez(path, **arrays)
     except OSError as exc:
         raise BatchError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
-def _read(path: Path) -> tuple[list[npt.NDArray[Any]], str, Range | None]:
+def _read(path: Path) -> tuple[list[npt.NDArray[Any]], Extras]:
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -286,8 +296,8 @@ def _read(path: Path) -> tuple[list[npt.NDArray[Any]], str, Range | None]:
         with loaded as archive:
             for names in _NAMES:
                 if all(name in archive.files for name in names):
-                    extras: Extras = {name: archive[name] for name in ("kind", "input_range") if name in archive.files}
-                    return [archive[name] for name in names], _kind(path, extras), _range(path, extras)
+                    extras = {name: archive[name] for name in _EXTRAS if name in archive.files}
+                    return [archive[name] for name in names], extras
             found = ", ".join(sorted(archive.files)[:12]) or "nothing"
             raise BatchError(
                 f"{path} holds {found}: it needs x_train, y_train, x_test, y_test (or MedMNIST's train_images, ...)"
@@ -316,6 +326,18 @@ def _range(path: Path, extras: Extras) -> Range | None:
             f"{path}: its input_range is {str(given)[:40]}: write the sensor values that become 0 and 1, lower first"
         )
     return float(given[0]), float(given[1])
+
+
+def _groups(path: Path, extras: Extras, count: int) -> npt.NDArray[np.int64] | None:
+    given = extras.get("group_train")
+    if given is None:
+        return None
+    if given.shape != (count,) or given.dtype.kind not in "iu":
+        raise BatchError(
+            f"{path}: its group_train is {given.dtype} of shape {given.shape}: "
+            f"write one integer for each of the {count} training samples"
+        )
+    return given.astype(np.int64)
 
 
 def _samples(

@@ -1,8 +1,8 @@
 """Train a front at export time so that what it sends says little beyond the class; on the device it stays as it is.
 
 The recipe: a short code bounded by tanh, Gaussian noise on it, cross-entropy behind the noise plus the conditional
-entropy bottleneck (``export/defences.py``), AdamW with a warm-up and a cosine. Baselines of the literature are trained by
-the same loop with another penalty.
+entropy bottleneck (``export/defences.py``), AdamW with a warm-up and a cosine. Baselines of the literature are trained
+by the same loop with another penalty.
 """
 
 from __future__ import annotations
@@ -102,22 +102,20 @@ def train_network(
     classes: int,
     seed: int,
     input_range: tuple[float, float] | None = None,
-    groups: npt.NDArray[np.int64] | None = None,
     teacher: ModelSpec | None = None,
     progress: Progress | None = None,
 ) -> nn.Sequential:
     """Train a whole network, front and back, with a defence at its cut.
 
     Args:
-        samples: of which nothing has to stay secret from the build machine.
+        samples: of which nothing has to stay secret from the build machine. Those of one group are judged by the same
+            teacher, who saw none of them.
         model: the network and its cut.
         input_shape: (C, H, W) or (C, T).
         classes: K.
         seed: of weights, order, augmentation and noise; the caller's random state is left alone. On a CPU with a fixed
             number of threads the same seed gives the same weights.
         input_range: of samples in a sensor's own units, see ``as_batch``.
-        groups: int64 (N): samples of one group, of a patient for instance, are judged by the same teacher, who saw none
-            of them. None: each sample is its own.
         teacher: the teachers' network; needed where the recipe has some.
 
     Returns:
@@ -130,20 +128,16 @@ def train_network(
     if recipe.compute == "cuda" and not torch.cuda.is_available():
         raise ExportError("this torch sees no CUDA device: train on the CPU or install a CUDA build of torch")
     device = torch.device(recipe.compute)
-    floats = as_batch(samples.x, input_shape, max_batch=len(samples), **_range(input_range))
+    floats = as_batch(samples.x, input_shape, max_batch=len(samples), input_range=input_range)
     x = torch.from_numpy(floats).to(device)
     target = nn.functional.one_hot(torch.from_numpy(samples.y), classes).float().to(device)
     if recipe.teacher > 0:
         if teacher is None:
             raise ExportError("the recipe has teachers: say which network they are")
-        judged = _judgements(x, target, teacher, recipe, seed, groups, progress)
+        judged = _judgements(x, target, teacher, recipe, seed, samples.groups, progress)
         target = (1 - recipe.teacher) * target + recipe.teacher * judged
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         return _fit(x, target, model, recipe, seed, "training", progress)
-
-
-def _range(input_range: tuple[float, float] | None) -> dict[str, tuple[float, float]]:
-    return {} if input_range is None else {"input_range": input_range}
 
 
 def _fit(

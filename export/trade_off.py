@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from edge_sdk.batch import Samples, as_batch
-from edge_sdk.packing import Codes
 from export.errors import ExportError
-from server_sdk.audit.attacks import LearnedDecoder
-from server_sdk.audit.division import Division
-from server_sdk.audit.trial import attack, decide, shipped, worst_of
+from server_sdk.audit.attacks import Knowledge, LearnedDecoder
+from server_sdk.audit.metrics import likeness
+from server_sdk.audit.trial import decide, shipped
 from server_sdk.reference.perturbation import front_input
 
 __all__ = ["TradeOff", "weigh"]
@@ -60,7 +59,6 @@ class TradeOff:
 
 def weigh(
     bundle: Path,
-    train: Samples,
     held_out: Samples,
     *,
     undefended: nn.Module | None = None,
@@ -72,7 +70,6 @@ def weigh(
 
     Args:
         bundle: of a front and a back that are trained, the back's weights beside it.
-        train: what they were trained on; here for the classifier that judges reconstructions.
         held_out: at least 8 samples that they have not seen.
         undefended: a whole network to compare with; it takes what ``front_input`` gives.
         downsample: of that network.
@@ -87,25 +84,29 @@ def weigh(
         raise ExportError(f"{len(held_out)} held-out samples are too few to measure anything: give at least {_LEAST}")
     trained = shipped(bundle, seed=seed, decisions=len(held_out))
     manifest = trained.victim.bundle.manifest
-    order = np.random.default_rng(seed).permutation(len(held_out))
-    theirs, mine = (held_out.take(np.sort(part)) for part in np.array_split(order, 2))
-    worst = worst_of(attack(trained, Division(train, theirs, mine), [LearnedDecoder("mlp", epochs)], seed=seed)[1])
-    right = decide(trained, held_out.x).argmax(axis=1) == held_out.y
-    signal = worst.excess["ssim"] is None
+    x = as_batch(held_out.x, manifest.input_shape, max_batch=len(held_out), input_range=manifest.input_range)
+    probabilities = decide(trained, x)
+    decided = np.eye(probabilities.shape[1], dtype=np.float32)[probabilities.argmax(axis=1)]
+    theirs, mine = (np.sort(p) for p in np.array_split(np.random.default_rng(seed).permutation(len(x)), 2))
+    decoder = LearnedDecoder("mlp", epochs)
+    floor = decoder.rebuild(Knowledge(x[theirs], decided[theirs]), decided[mine], seed=seed)
+    known, seen = trained.foe.send(x[theirs]), trained.victim.send(x[mine])
+    shown = decoder.rebuild(Knowledge(x[theirs], known), seen, seed=seed)
+    least, most = likeness(floor, x[mine]), likeness(shown, x[mine])
+    images = least.ssim is not None and most.ssim is not None
     values, packing = math.prod(manifest.cut_shape), manifest.packing
     beside = None
     if undefended is not None:
-        x = as_batch(held_out.x, manifest.input_shape, max_batch=len(held_out), input_range=manifest.input_range)
         with torch.inference_mode():
             parts = torch.split(torch.from_numpy(x), manifest.max_batch)
             classes = torch.cat([undefended(front_input(part, None, downsample)).argmax(dim=1) for part in parts])
         beside = float((classes.numpy() == held_out.y).mean())
     return TradeOff(
-        accuracy=float(right.mean()),
+        accuracy=float((probabilities.argmax(axis=1) == held_out.y).mean()),
         undefended=beside,
-        excess=worst.excess["correlation" if signal else "ssim"] or 0.0,
-        measure="correlation" if signal else "SSIM",
-        bytes_per_sample=2 * values if packing is None else Codes(packing.bits, manifest.cut_shape, 0.0, 1.0).sample_bytes,
+        excess=(most.ssim or 0.0) - (least.ssim or 0.0) if images else most.correlation - least.correlation,
+        measure="SSIM" if images else "correlation",
+        bytes_per_sample=2 * values if packing is None else -(-values * packing.bits // 8),
         bits_per_sample=trained.exposure.bits_per_sample,
         victims=len(mine),
     )

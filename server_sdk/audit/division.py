@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_sdk.batch import Dataset, Samples
 from server_sdk.errors import ServerError
@@ -30,10 +31,11 @@ class Division:
 
 
 def divide(dataset: Dataset, *, foe: float, seed: int) -> Division:
-    """Give the foe a share of each class of the training samples; the rest trains.
+    """Give the foe a share of each class of the training samples, or of their groups; the rest trains.
 
     Args:
-        foe: the foe's share, above 0 and below 1.
+        foe: the foe's share, above 0 and below 1. Where samples have groups, the foe gets whole groups, as many as come
+            closest to it.
         seed: of the draw.
 
     Raises:
@@ -42,6 +44,8 @@ def divide(dataset: Dataset, *, foe: float, seed: int) -> Division:
     if not 0 < foe < 1:
         raise ServerError(f"the foe's share is {foe:g}: choose one above 0 and below 1")
     generator = np.random.default_rng(seed)
+    if dataset.train.groups is not None:
+        return _by_group(dataset, dataset.train.groups, foe, generator)
     mine, theirs = [], []
     for label in range(dataset.classes):
         index = generator.permutation(np.flatnonzero(dataset.train.y == label))
@@ -52,3 +56,19 @@ def divide(dataset: Dataset, *, foe: float, seed: int) -> Division:
         mine.append(index[share:])
     train, auxiliary = (np.sort(np.concatenate(parts)) for parts in (mine, theirs))
     return Division(dataset.train.take(train), dataset.train.take(auxiliary), dataset.test)
+
+
+def _by_group(dataset: Dataset, groups: npt.NDArray[np.int64], foe: float, generator: np.random.Generator) -> Division:
+    names = generator.permutation(np.unique(groups))
+    taken = np.cumsum([(groups == name).sum() for name in names])
+    count = int(np.abs(taken - foe * len(groups)).argmin()) + 1
+    given = np.isin(groups, names[:count])
+    mine, theirs = dataset.train.take(np.flatnonzero(~given)), dataset.train.take(np.flatnonzero(given))
+    for who, samples, share in (("device", mine, len(names) - count), ("foe", theirs, count)):
+        counts = np.bincount(samples.y, minlength=dataset.classes)
+        if counts.min() < _LEAST:
+            raise ServerError(
+                f"the {who}'s {share} groups have {counts.min()} samples of class {counts.argmin()}: "
+                "choose another share or seed"
+            )
+    return Division(mine, theirs, dataset.test)

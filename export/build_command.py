@@ -1,0 +1,185 @@
+"""``psgl-export build``: samples of a data file become a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_sdk.batch import Dataset, load_dataset
+from edge_sdk.console import add_debug, require
+from edge_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from export.build import BuildOptions, Built
+    from export.harden import Progress, Recipe
+
+__all__ = ["EXAMPLES", "add_build", "build"]
+
+_MOST_NOISE = 1e3
+_PROFILES = (
+    *("hardened", "vanilla", "paper"),
+    *("gaussian", "laplace", "nopeek", "adversarial", "lowrank", "quantised"),
+)
+_RECIPE = ("steps", "strength", "shift", "teacher")
+EXAMPLES = """\
+  psgl-export build --data open.npz -o net.psgl                       (hardened; some minutes on two cores)
+  psgl-export build --data open.npz --steps 500 -o quick.psgl
+  psgl-export build --data ecg.npz --signal --input-range -400 400 -o ecg.psgl       (int16 in a sensor's units)
+  psgl-export build --data guide.npz --profile paper -o net.psgl
+"""
+
+
+def add_build(commands: Any) -> None:
+    """Add the subcommand to ``psgl-export``."""
+    parser = commands.add_parser(
+        "build",
+        help="make a bundle for the samples of a data file",
+        description="Train what the profile needs on the training samples of a data file, export the network for\n"
+        "their shape, and check the graphs. Profile hardened (the default) trains the front here, so\n"
+        "that it sends little beyond the class, and freezes it; what that costs and shows is measured\n"
+        "on the file's test samples and printed before the bundle is written. Profile paper fits its\n"
+        "guide, which must never see what it perturbs. Use samples that no device holds.",
+        epilog="examples:\n" + EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
+    parser.add_argument(
+        "--profile",
+        choices=_PROFILES,
+        default="hardened",
+        help="hardened, vanilla (no defence), paper (PSGL as published), or a baseline (default %(default)s)",
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help="bundle to write; the back's weights go beside it"
+    )
+    parser.add_argument("--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)")
+    parser.add_argument("--noise", type=float, help="standard deviation on the activations (default: the profile's)")
+    parser.add_argument("--seed", type=int, default=0, help="of training and initial weights (default %(default)s)")
+    parser.add_argument("--signal", action="store_true", help="the samples are signals (N, T) or (N, C, T), not images")
+    parser.add_argument(
+        "--input-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="for samples in a sensor's own units (signed integers): the values that become 0 and 1 "
+        "(default: the file's input_range, else the 0.1 and 99.9 percentiles of its training samples)",
+    )
+    group = parser.add_argument_group("a front that is trained here (default: what suits the samples)")
+    group.add_argument("--steps", type=int, help="of the optimizer, 128 samples each")
+    group.add_argument("--strength", type=float, help="of the defence beside the cross-entropy")
+    group.add_argument("--shift", type=int, help="augmentation: move samples by up to so many cells")
+    group.add_argument("--flip", action="store_true", help="augmentation: mirror images left to right")
+    group.add_argument("--teacher", type=float, metavar="SHARE", help="of the targets that cross-fitted teachers say")
+    group.add_argument("--threads", type=int, help="of torch (default: every core)")
+    group.add_argument("--compute", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
+    group.add_argument("--no-comparison", action="store_true", help="train no undefended network to compare with")
+    add_debug(parser)
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    require("export", "torch", "onnx", "onnxscript", "rich", "torchmetrics")
+    _check(arguments)
+    dataset = load_dataset(arguments.data, signal=arguments.signal or None)
+    for note in dataset.notes:
+        print(f"note: {note}", file=sys.stderr)
+    # torch takes seconds to import: only once the options are known to be good.
+    import torch
+    from rich.console import Console
+
+    from export.build import BuildOptions, build_bundle, class_names
+    from export.prepare import prepare, recipe_of
+
+    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
+    options = BuildOptions(
+        arguments.profile,
+        dataset.input_shape,
+        class_names(dataset.classes),
+        seed=arguments.seed,
+        epsilon=arguments.epsilon,
+        noise=arguments.noise,
+        input_range=_input_range(arguments, dataset),
+    )
+    given = {name: value for name in _RECIPE if (value := getattr(arguments, name)) is not None}
+    recipe = replace(recipe_of(options), flip=arguments.flip, compute=arguments.compute, **given)
+    console = Console(stderr=True)
+    with console.status("preparing") as shown:
+
+        def progress(stage: str, done: int, of: int, loss: float) -> None:
+            shown.update(f"{stage}, {done} of {of}, loss {loss:.4f}")
+
+        prepared = prepare(dataset.train, options, recipe, progress=progress)
+        if prepared.network is None:
+            shown.update("exporting and checking the graphs")
+            built = build_bundle(arguments.out, prepared.options, prepared.guide)
+        else:
+            built = _hardened(arguments, dataset, prepared.options, recipe, prepared.network, console, progress)
+    print(
+        f"{built.bundle}  {built.bundle.stat().st_size / 1e3:.0f} KB, id {built.bundle_id}: for devices and server\n"
+        f"{built.back}  {'trained' if prepared.network else 'initial'} weights of the back: for the server\n"
+        f"graphs agree with torch to {built.worst_error:.1g} (relative)"
+    )
+    return 0
+
+
+def _hardened(
+    arguments: argparse.Namespace,
+    dataset: Dataset,
+    options: BuildOptions,
+    recipe: Recipe,
+    network: Any,
+    console: Console,
+    progress: Progress,
+) -> Built:
+    """Write the bundle, once it is said what it costs and shows."""
+    import tempfile
+
+    from export.build import build_bundle
+    from export.prepare import train_undefended
+    from export.trade_off import weigh
+
+    plain = None if arguments.no_comparison else train_undefended(dataset.train, options, recipe, progress=progress)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = build_bundle(Path(folder) / "trial.psgl", options, None, network=network)
+        found = weigh(trial.bundle, dataset.test, undefended=plain, seed=arguments.seed)
+    console.print(f"trade-off: {found}", highlight=False)
+    return build_bundle(arguments.out, options, None, network=network)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.epsilon is not None and not 0 <= arguments.epsilon <= 1:
+        raise ConfigError("--epsilon is 0 to 1, in units of the input's range")
+    if arguments.noise is not None and not 0 <= arguments.noise <= _MOST_NOISE:
+        raise ConfigError(f"--noise is 0 to {_MOST_NOISE:g}")
+    if arguments.seed < 0:
+        raise ConfigError("--seed must be at least 0")
+    for name in ("steps", "threads"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1")
+    given = arguments.input_range
+    if given is not None and not (all(map(math.isfinite, given)) and given[0] < given[1]):
+        raise ConfigError("--input-range is two numbers, the lower one first")
+
+
+def _input_range(arguments: argparse.Namespace, dataset: Dataset) -> tuple[float, float] | None:
+    from export.build import measured_range
+
+    if arguments.input_range is not None:
+        return arguments.input_range[0], arguments.input_range[1]
+    if dataset.input_range is not None:
+        return dataset.input_range
+    measured = measured_range(dataset.train)
+    if measured:
+        print(
+            f"note: sensor values {measured[0]:g} to {measured[1]:g} become 0 to 1, the 0.1 and 99.9 percentiles of "
+            "the training samples (--input-range sets others)",
+            file=sys.stderr,
+        )
+    return measured

@@ -1,0 +1,125 @@
+"""What a profile needs before it can be exported: a guide for its perturbation, or a network that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from edge_sdk.batch import Samples
+from export.build import BuildOptions, model_of, prepare_guide
+from export.harden import Progress, Recipe, recipe_for, train_network
+from server_sdk.reference.guide import Guide
+from server_sdk.reference.profiles import PROFILES
+
+__all__ = ["Prepared", "prepare", "recipe_of", "train_undefended"]
+
+_STRENGTHS = {"nopeek": 1.0, "adversarial": 1.0}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``build_bundle`` takes.
+
+    Attributes:
+        options: as they were given, with the noise that the network was trained for.
+        guide: or None where the profile does not perturb.
+        network: trained, or None where devices train the front.
+    """
+
+    options: BuildOptions
+    guide: Guide | None
+    network: nn.Sequential | None
+
+
+def prepare(
+    samples: Samples,
+    options: BuildOptions,
+    recipe: Recipe | None = None,
+    *,
+    guide_epochs: int = 30,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Fit the guide or train the network of the options' profile.
+
+    Args:
+        samples: that no device perturbs, for a guide must never see what it perturbs; for a frozen front, what it is
+            trained on.
+        recipe: of the training; None: ``recipe_of`` these options.
+        guide_epochs: passes of the guide over the samples.
+
+    Raises:
+        ExportError, ModelError, BatchError: options, network or samples that cannot be used.
+    """
+    model = model_of(options)
+    profile = PROFILES[options.profile]
+    frozen = profile.frozen if options.frozen is None else options.frozen
+    if frozen:
+        recipe = recipe_of(options) if recipe is None else recipe
+        network = train_network(
+            samples,
+            model,
+            recipe,
+            input_shape=options.input_shape,
+            classes=len(options.classes),
+            seed=options.seed,
+            input_range=options.input_range,
+            teacher=model_of(replace(options, profile="vanilla", model=None)),
+            progress=progress,
+        )
+        return Prepared(replace(options, noise=recipe.noise), None, network)
+    if profile.perturbation is None:
+        return Prepared(options, None, None)
+
+    def report(done: int, of: int, loss: float) -> None:
+        if progress is not None:
+            progress("fitting the guide", done, of, loss)
+
+    guide = prepare_guide(
+        samples,
+        len(options.classes),
+        seed=options.seed,
+        epochs=guide_epochs,
+        input_range=options.input_range,
+        progress=report,
+    )
+    return Prepared(options, guide, None)
+
+
+def recipe_of(options: BuildOptions) -> Recipe:
+    """How the network of these options is trained where nothing else is said.
+
+    Raises:
+        ExportError: an unknown profile.
+    """
+    model_of(options)
+    profile = PROFILES[options.profile]
+    recipe = replace(recipe_for(options.input_shape, len(options.classes)), defence=profile.defence)
+    if profile.defence != "bottleneck":
+        strength = _STRENGTHS.get(profile.defence, 0.0)
+        recipe = replace(recipe, noise=profile.noise, strength=strength, spread=None, teacher=0.0, learning_rate=2e-3)
+    return recipe if options.noise is None else replace(recipe, noise=options.noise)
+
+
+def train_undefended(
+    samples: Samples, options: BuildOptions, recipe: Recipe, *, progress: Progress | None = None
+) -> nn.Sequential:
+    """The network of profile ``vanilla``, trained as long as the recipe says and without a defence: to compare with.
+
+    Returns:
+        The network in evaluation mode; it takes what ``front_input`` gives.
+
+    Raises:
+        ExportError, ModelError, BatchError: as ``prepare``.
+    """
+    plain = replace(recipe, defence="none", noise=0.0, spread=None, teacher=0.0, learning_rate=2e-3)
+    return train_network(
+        samples,
+        model_of(replace(options, profile="vanilla", model=None)),
+        plain,
+        input_shape=options.input_shape,
+        classes=len(options.classes),
+        seed=options.seed,
+        input_range=options.input_range,
+        progress=progress,
+    )
