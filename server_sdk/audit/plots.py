@@ -17,7 +17,7 @@ from server_sdk.audit.report import bundle_label, shown_by
 __all__ = ["Point", "Scatter", "picture", "scatter"]
 
 Array = npt.NDArray[np.float32]
-_WIDTH, _LEAD_HEIGHT = 160.0, 48.0
+_WIDTH, _LEAD_HEIGHT = 160.0, 64.0
 _MOST_LEADS, _MOST_STEPS = 4, 400
 _LETTER = 6.6  # mean width of a letter of the labels
 
@@ -86,7 +86,7 @@ def scatter(report: Mapping[str, Any], little: float) -> Scatter:
     upwards = [each["spread"][key] for each in everything]
     left, right, top, bottom = Scatter.left, Scatter.right, Scatter.top, Scatter.bottom
     x_low, x_high, x_step = _axis(min(0.0, *(low for low, _ in across)), max(0.1, *(high for _, high in across)))
-    y_low, y_high, y_step = _axis(min(low for low, _ in upwards) - 0.01, max(high for _, high in upwards) + 0.01)
+    y_low, y_high, y_step = _axis(min(low for low, _ in upwards) - 0.02, max(high for _, high in upwards) + 0.02)
 
     def x(value: float) -> float:
         return round(left + (value - x_low) / (x_high - x_low) * (right - left), 1)

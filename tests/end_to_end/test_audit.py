@@ -59,7 +59,7 @@ def test_an_audit(built: dict[str, Any], data: Path, tmp_path: Path) -> None:
         assert (without is None) == (profile != "paper")
         assert f"{audited['mean']['excess']['ssim']:+.3f} SSIM" in " ".join(done.stdout.split())
     page = (tmp_path / "out" / "audit.html").read_text()
-    assert "can rebuild its inputs" in page and "P2, stream fused" in page
+    assert "can rebuild its inputs" in page and "P2, decision" in page
     paper = report["seeds"][0]["protocols"]
     assert paper["P2"] != paper["P1"], "another training"
     assert report["lost"]["accuracy_points"] == pytest.approx(

@@ -61,7 +61,14 @@ def test_a_page_needs_nothing_from_elsewhere_and_is_well_formed(shape: tuple[int
     assert not re.findall(r'(?:src|href)="(?!data:)|url\(|<script', text)
     pictures = ("data:image/png", 8 * 4) if len(shape) == 3 else ("<polyline", 4 * 2 * (1 + 3 * 2))
     assert text.count(pictures[0]) == pictures[1]
-    for words in ("repeats its mistakes", "P2, stream recovered", "at most 16.0 bits", "No bound", "points lost"):
+    for words in (
+        "repeats its mistakes",
+        "P2, decision",
+        "stream recovered",
+        "at most 16.0 bits",
+        "No bound",
+        "points lost",
+    ):
         assert words in text
     ElementTree.fromstring(re.sub(r"<(meta|img)([^>]*?)/?>", r"<\1\2/>", text.split("\n", 1)[1]))
 
