@@ -73,7 +73,7 @@ def _print_comparison(report: Mapping[str, Any], console: Console) -> None:
         values = (_points(lost.get("accuracy_points")), _points(lost.get("auc_points")), f"{shown_by(audited)[1]:+.3f}")
         bits = mean["bits_per_sample"]
         sizes = (f"{mean['bytes_per_sample']:,.0f}", "no bound" if bits is None else f"{bits:,.1f}")
-        worst = ", ".join(attack_label(name, audited) for name in audited["worst_attacks"])
+        worst = ", ".join(attack_label(name, audited) for name in audited["worst_attacks"]).replace("_", " ")
         table.add_row(bundle_label(audited, report), *values, *sizes, worst)
     console.print(table)
     console.print(
