@@ -17,7 +17,7 @@ from server_sdk.audit.report import bundle_label, shown_by
 __all__ = ["Point", "Scatter", "picture", "scatter"]
 
 Array = npt.NDArray[np.float32]
-_WIDTH, _LEAD_HEIGHT = 160.0, 48.0
+_WIDTH, _LEAD_HEIGHT = 160.0, 64.0
 _MOST_LEADS, _MOST_STEPS = 4, 400
 _LETTER = 6.6  # mean width of a letter of the labels
 
@@ -30,7 +30,7 @@ class Point:
         label: its name.
         audited: the one that the page is about.
         x, y: centre, mean over the seeds.
-        left, right, low, high: ends of the whiskers: the lowest and highest seed.
+        left, right, high, low: ends of the whiskers: the lowest and highest seed.
         text_x, text_y, anchor: of the label.
     """
 
@@ -40,8 +40,8 @@ class Point:
     y: float
     left: float
     right: float
-    low: float
     high: float
+    low: float
     text_x: float
     text_y: float
     anchor: str
@@ -86,7 +86,9 @@ def scatter(report: Mapping[str, Any], little: float) -> Scatter:
     upwards = [each["spread"][key] for each in everything]
     left, right, top, bottom = Scatter.left, Scatter.right, Scatter.top, Scatter.bottom
     x_low, x_high, x_step = _axis(min(0.0, *(low for low, _ in across)), max(0.1, *(high for _, high in across)))
-    y_low, y_high, y_step = _axis(min(low for low, _ in upwards) - 0.01, max(high for _, high in upwards) + 0.01)
+    y_low, y_high, y_step = _axis(
+        max(0.0, min(low for low, _ in upwards) - 0.02), min(1.0, max(high for _, high in upwards) + 0.02)
+    )
 
     def x(value: float) -> float:
         return round(left + (value - x_low) / (x_high - x_low) * (right - left), 1)
@@ -94,18 +96,20 @@ def scatter(report: Mapping[str, Any], little: float) -> Scatter:
     def y(value: float) -> float:
         return round(bottom - (value - y_low) / (y_high - y_low) * (bottom - top), 1)
 
-    points: list[Point] = []
-    boxes: list[tuple[float, float, float, float]] = [
-        (x(v) - 7, y(e["mean"][key]) - 7, x(v) + 7, y(e["mean"][key]) + 7)
-        for v, e in zip(shown, everything, strict=True)
+    spans = [
+        (x(value), y(each["mean"][key]), x(xs[0]), x(xs[1]), y(ys[1]), y(ys[0]))
+        for value, each, xs, ys in zip(shown, everything, across, upwards, strict=True)
     ]
-    for value, each, xs, ys in zip(shown, everything, across, upwards, strict=True):
+    boxes = [
+        (min(left_end, at - 8), min(high, up - 8), max(right_end, at + 8), max(low, up + 8))
+        for at, up, left_end, right_end, high, low in spans
+    ]
+    points: list[Point] = []
+    for each, span, own in zip(everything, spans, list(boxes), strict=True):
         label = bundle_label(each, report)
-        at = (x(value), y(each["mean"][key]))
-        text_x, text_y, anchor, box = _place(at, label, boxes)
+        text_x, text_y, anchor, box = _place(own, span[1], label, boxes)
         boxes.append(box)
-        ends = (x(xs[0]), x(xs[1]), y(ys[0]), y(ys[1]))
-        points.append(Point(label, each is report, *at, *ends, text_x, text_y, anchor))
+        points.append(Point(label, each is report, *span, text_x, text_y, anchor))
     percent = "" if auc else " %"
     scale, digits = (1, 2 if y_step >= 0.01 else 3) if auc else (100, 0 if y_step >= 0.01 else 1)
     return Scatter(
@@ -130,18 +134,19 @@ def _ticks(low: float, high: float, step: float) -> list[float]:
     return [round(low + number * step, 6) + 0.0 for number in range(round((high - low) / step) + 1)]
 
 
-def _place(
-    at: tuple[float, float], label: str, taken: Sequence[tuple[float, float, float, float]]
-) -> tuple[float, float, str, tuple[float, float, float, float]]:
-    """A place for a label beside its point: the first that is free and inside, else the first."""
+Box = tuple[float, float, float, float]
+
+
+def _place(own: Box, middle: float, label: str, taken: Sequence[Box]) -> tuple[float, float, str, Box]:
+    """A place for a label beside its point and whiskers: the first that is free and inside, else the first."""
     width = _LETTER * len(label)
-    x, y = at
     choices = []
     for dy in (4, -14, 22, -30, 38):
-        choices.append((x + 11, y + dy, "start", (x + 11, y + dy - 10, x + 11 + width, y + dy + 3)))
-        choices.append((x - 11, y + dy, "end", (x - 11 - width, y + dy - 10, x - 11, y + dy + 3)))
+        y = middle + dy
+        for x, anchor, start in ((own[2] + 4, "start", own[2] + 4), (own[0] - 4, "end", own[0] - 4 - width)):
+            choices.append((x, y, anchor, (start, y - 10, start + width, y + 3)))
 
-    def free(box: tuple[float, float, float, float]) -> bool:
+    def free(box: Box) -> bool:
         inside = (
             box[0] >= Scatter.left and box[2] <= Scatter.right and Scatter.top <= box[1] and box[3] <= Scatter.bottom
         )

@@ -66,18 +66,18 @@ def _print_protocols(seed: Mapping[str, Any], console: Console) -> None:
 
 def _print_comparison(report: Mapping[str, Any], console: Console) -> None:
     measure = shown_by(report)[0]
-    table = _table("side by side, means of the seeds", "bundle", "lost", "AUC lost", f"{measure} +", "bytes", "bits")
-    table.add_column("worst attack", overflow="fold")
+    table = _table("side by side, means of the seeds", "bundle", "lost", "AUC lost", "excess", "bytes", "bits")
+    table.add_column("worst attack")
     for audited in (report, *report["beside"]):
         lost, mean = audited["lost"] or {}, audited["mean"]
         values = (_points(lost.get("accuracy_points")), _points(lost.get("auc_points")), f"{shown_by(audited)[1]:+.3f}")
         bits = mean["bits_per_sample"]
         sizes = (f"{mean['bytes_per_sample']:,.0f}", "no bound" if bits is None else f"{bits:,.1f}")
-        worst = ", ".join(attack_label(name, audited) for name in audited["worst_attacks"])
+        worst = ", ".join(attack_label(name, audited) for name in audited["worst_attacks"]).replace("_", " ")
         table.add_row(bundle_label(audited, report), *values, *sizes, worst)
     console.print(table)
     console.print(
-        f"lost: points below the first undefended bundle; {measure} +: above the floor; bytes, bits: a sample\n"
+        f"lost: points below the first undefended bundle; excess: {measure} above the floor; bytes, bits: a sample\n"
     )
 
 

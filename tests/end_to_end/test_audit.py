@@ -59,9 +59,12 @@ def test_an_audit(built: dict[str, Any], data: Path, tmp_path: Path) -> None:
         assert (without is None) == (profile != "paper")
         assert f"{audited['mean']['excess']['ssim']:+.3f} SSIM" in " ".join(done.stdout.split())
     page = (tmp_path / "out" / "audit.html").read_text()
-    assert "can rebuild its inputs" in page and "P2, stream fused" in page
-    paper = report["seeds"][0]["protocols"]
-    assert paper["P2"] != paper["P1"], "another training"
+    assert "can rebuild its inputs" in page and "P2, decision" in page
+    passed = [
+        json.loads((tmp_path / "out" / f"bundle-0-seed-0{end}" / "device-1.json").read_text())["unperturbed"]
+        for end in ("", "-p2")
+    ]
+    assert passed == [0, 640], "P1 perturbs every training sample, P2 none"
     assert report["lost"]["accuracy_points"] == pytest.approx(
         100 * (report["beside"][0]["mean"]["accuracy"] - report["mean"]["accuracy"])
     )
