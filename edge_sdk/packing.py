@@ -138,7 +138,7 @@ class Codes:
         Returns:
             float32 (N, \\*shape).
         """
-        values: Array = self._bytes[rows].reshape(len(rows), -1)[:, : self.values]
+        values: Array = np.take(self._bytes, rows, axis=0).reshape(len(rows), -1)[:, : self.values]
         return values.reshape(len(rows), *self.shape)
 
 
