@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ class Codes:
         """Bytes of one sample."""
         return -(-self.values * self.bits // 8)
 
-    @property
+    @cached_property
     def levels(self) -> Array:
         """float32 (2^bits): low + code x (high - low) / (2^bits - 1), each operation rounded to float32."""
         last = 2**self.bits - 1
@@ -121,6 +122,13 @@ class Codes:
         """The bits of a sample's last byte that hold no value, as a mask."""
         return (1 << (8 * self.sample_bytes - self.values * self.bits)) - 1
 
+    @cached_property
+    def _bytes(self) -> Array:
+        """float32 (256, 8 / bits): the values in each byte that there is."""
+        codes = (np.arange(256)[:, None] >> _shifts(self.bits)) & (2**self.bits - 1)
+        values: Array = self.levels[codes]
+        return values
+
     def expand(self, rows: Rows) -> Array:
         """The values of packed samples.
 
@@ -130,8 +138,7 @@ class Codes:
         Returns:
             float32 (N, \\*shape).
         """
-        table = self.levels[(np.arange(256)[:, None] >> _shifts(self.bits)) & (2**self.bits - 1)]
-        values: Array = table[rows].reshape(len(rows), -1)[:, : self.values]
+        values: Array = np.take(self._bytes, rows, axis=0).reshape(len(rows), -1)[:, : self.values]
         return values.reshape(len(rows), *self.shape)
 
 

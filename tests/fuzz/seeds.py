@@ -128,10 +128,15 @@ def zip_of(files: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> by
     return target.getvalue()
 
 
-def _bundle_parts(**extra: bytes) -> dict[str, bytes]:
-    manifest = Manifest("paper", (1, 8, 8), ("a", "b"), (4, 2, 2), "sgd", 0.1, "sign", 0.2)
+_PAPER = Manifest("paper", (1, 8, 8), ("a", "b"), (4, 2, 2), "sgd", 0.1, "sign", 0.2)
+_FROZEN = Manifest(
+    *("frozen", (1, 8, 8), ("a", "b"), (4,), "sgd", 0.1), noise=1.0, frozen=True, bits=4, span=(-3.0, 3.0), bound=1.0
+)
+
+
+def _bundle_parts(manifest: Manifest = _PAPER, **extra: bytes) -> dict[str, bytes]:
     initial = pack_tensors({"p.w": np.ones((2, 2), np.float32), "b.m": np.zeros(2, np.float32)})
-    graphs = {f"{name}.onnx": name.encode() * 9 for name in ("train", "infer", "prepare", "backward")}
+    graphs = {f"{name}.onnx": name.encode() * 9 for name in manifest.graphs}
     files = {"initial.cbor": initial, **graphs, **{name.replace("_", "."): data for name, data in extra.items()}}
     hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
     document = {"format": "psgl-bundle", "version": 1, **asdict(manifest), "files": hashes}
@@ -144,6 +149,7 @@ def bundle_files() -> tuple[bytes, ...]:
     parts = _bundle_parts()
     methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
     made = [zip_of(parts, method) for method in methods]
+    made += [zip_of(_bundle_parts(_FROZEN)), zip_of(_bundle_parts(_FROZEN, train_onnx=b"train"))]
     made.append(zip_of(_bundle_parts(train_onnx=b"\0" * (1 << 20))))
     made.append(zip_of(_bundle_parts(**{f"x{n}_onnx": b"\0" * 60_000 for n in range(20)})))
     made.append(zip_of({**parts, "manifest.json": b" " * (1 << 20)}))

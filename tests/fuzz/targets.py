@@ -111,9 +111,10 @@ def _at_most(limit_bytes: int, what: str) -> Iterator[None]:
         _require(peak <= limit_bytes, f"{what} took {peak} bytes, at most {limit_bytes} are allowed")
 
 
-def _allowance(size: int, limits: Limits) -> int:
+def _allowance(size: int, limits: Limits, *, messages: bool = True) -> int:
     """Bytes that reading ``size`` bytes may cost: a few copies, and the objects of the counted CBOR items."""
-    return (64 << 10) + (8 + _EXPANSION) * size + 320 * min(size, limits.max_items)
+    copies = 8 + (_EXPANSION if messages else 0)
+    return (64 << 10) + copies * size + 320 * min(size, limits.max_items)
 
 
 # ---------------------------------------------------------------- envelope
@@ -251,7 +252,7 @@ def _recovers(assembler: wire.Assembler) -> bool:
 
 def _codec(data: bytes) -> list[str]:
     """Packed tensors; what is read packs again to the same arrays."""
-    with _at_most(_allowance(len(data), DEFAULT_LIMITS), "unpacking"):
+    with _at_most(_allowance(len(data), DEFAULT_LIMITS, messages=False), "unpacking"):
         try:
             tensors = codec.unpack_tensors(data)
         except WireError as exc:
