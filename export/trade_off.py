@@ -17,7 +17,7 @@ from edge_sdk.batch import Samples, as_batch
 from export.errors import ExportError
 from server_sdk.audit.attacks import Knowledge, LearnedDecoder
 from server_sdk.audit.metrics import likeness
-from server_sdk.audit.trial import decide, shipped
+from server_sdk.audit.trial import shipped
 from server_sdk.reference.perturbation import front_input
 
 __all__ = ["TradeOff", "weigh"]
@@ -85,7 +85,7 @@ def weigh(
     trained = shipped(bundle, seed=seed, decisions=len(held_out))
     manifest = trained.victim.bundle.manifest
     x = as_batch(held_out.x, manifest.input_shape, max_batch=len(held_out), input_range=manifest.input_range)
-    probabilities = decide(trained, x)
+    probabilities = trained.decide(x)
     decided = np.eye(probabilities.shape[1], dtype=np.float32)[probabilities.argmax(axis=1)]
     theirs, mine = (np.sort(p) for p in np.array_split(np.random.default_rng(seed).permutation(len(x)), 2))
     decoder = LearnedDecoder("mlp", epochs)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from edge_sdk.batch import Samples
 from edge_sdk.bundle import Bundle, load_bundle
-from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+from export.build import BuildOptions, build_bundle, class_names, model_of, prepare_guide
 from server_sdk.assembly import back_path, trainer_from
 from server_sdk.reference.guide import Guide
+from server_sdk.reference.perturbation import front_input
 from server_sdk.reference.profiles import PROFILES
-from server_sdk.reference.specification import ModelSpec, build
+from server_sdk.reference.specification import build
 from server_sdk.trainer import Trainer
 
 SHAPE = (1, 8, 8)
@@ -67,19 +69,31 @@ def guide() -> Guide:
     return prepare_guide(draw_samples(60, 99), CLASSES, seed=0, epochs=6)
 
 
+def _settled(network: nn.Sequential) -> nn.Sequential:
+    """With BatchNorm statistics of samples, as after a training."""
+    x = torch.from_numpy(draw_samples(60, 98).x.astype(np.float32) / 255)
+    with torch.no_grad(), torch.random.fork_rng():
+        for _ in range(30):
+            network.train()(front_input(x, None, 2))
+    return network
+
+
 class Bundles(dict[str, Built]):
-    """One bundle of each profile, made when it is asked for; a frozen front has random weights."""
+    """One bundle of each profile, made when it is asked for; a frozen front has random weights, settled."""
 
     def __init__(self, folder: Path, guide: Guide) -> None:
         self._folder, self._guide = folder, guide
 
     def __missing__(self, profile: str) -> Built:
         path = self._folder / f"{profile}.psgl"
-        small = {"in_channels": 4, "grid": [4, 4], "classes": CLASSES, "widths": [4, 4, 6, 6], "hidden": 16}
-        spec = ModelSpec(PROFILES[profile].factory, small, PROFILES[profile].cut)
-        frozen = PROFILES[profile].frozen
-        options = BuildOptions(profile, SHAPE, class_names(CLASSES), model=spec if frozen else None)
-        build_bundle(path, options, self._guide, network=build(spec, 7) if frozen else None)
+        options = BuildOptions(profile, SHAPE, class_names(CLASSES))
+        network = None
+        if PROFILES[profile].frozen:
+            spec = model_of(options)
+            if "hardened" in spec.factory:
+                spec = replace(spec, arguments={**spec.arguments, "widths": [4, 4, 6, 6]})
+            options, network = replace(options, model=spec), _settled(build(spec, 7))
+        build_bundle(path, options, self._guide, network=network)
         self[profile] = Built(path, load_bundle(path))
         return self[profile]
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from server_sdk.audit.attacks import Attack, Averaging, LearnedDecoder, Progress, WhiteBox
 from server_sdk.audit.division import Division
+from server_sdk.audit.outcome import Outcome, attack, worst_of
 from server_sdk.audit.scores import score
-from server_sdk.audit.trial import Outcome, Trained, Trial, attack, decide, train, worst_of
+from server_sdk.audit.trial import Trained, Trial, train
 from server_sdk.broker import EmbeddedBroker
 
 __all__ = ["PROTOCOLS", "Finding", "find", "measure", "standard_attacks"]
@@ -140,7 +141,7 @@ def measure(trained: Trained, division: Division) -> dict[str, Any]:
     """
 
     def shares(evaluation: dict[str, Any], epsilon: float | None) -> dict[str, Any]:
-        scores = score(decide(trained, division.victims.x, epsilon=epsilon), division.victims.y)
+        scores = score(trained.decide(division.victims.x, epsilon=epsilon), division.victims.y)
         counted = {name: evaluation[name] for name in _COUNTED if name in evaluation}
         return {**counted, "balanced_accuracy": scores.balanced_accuracy, "auc": scores.auc}
 

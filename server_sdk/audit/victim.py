@@ -64,7 +64,8 @@ class Victim:
             epsilon: in place of the bundle's budget; 0 leaves the perturbation out.
             noise: in place of the bundle's; 0 leaves it out, and nothing else: what is packed stays packed.
             sends: each sample is sent so often, under as many versions of a front whose weights stay; the mean is
-                returned. A frozen front has one version: all its sends of a sample are the same.
+                returned. A frozen front has one version, under which all sends of a sample are the same: there it is
+                supposed that the sample came again a little changed each time, as the beats of a heart do.
 
         Where the bundle packs without a ``span``, the range is that of ``max_batch`` samples, sent together.
 
@@ -124,7 +125,7 @@ class Victim:
         self, x: npt.NDArray[np.generic], epsilon: float | None, noise: float | None, later: int = 0
     ) -> Iterator[Forward]:
         manifest = self._bundle.manifest
-        version = self._state.version + (0 if manifest.frozen else later)
+        version = self._state.version + later
         state = FrontState(version, self._state.tensors)
         for start in range(0, len(x), manifest.max_batch):
             batch = as_batch(

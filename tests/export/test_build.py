@@ -29,7 +29,7 @@ from server_sdk.reference.split import split
 OPTIONS = BuildOptions("vanilla", (1, 8, 8), class_names(3))
 HARDENED = ModelSpec(
     "server_sdk.reference.networks:hardened_network",
-    {"in_channels": 4, "grid": [4, 4], "classes": 3, "widths": [4, 4, 6, 6], "hidden": 8},
+    {"in_channels": 4, "grid": [4, 4], "classes": 3, "widths": [4, 4, 6, 6]},
     "tanh",
 )
 SPEC: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 from server_sdk.audit.exposure import Exposure
 from server_sdk.audit.finding import Finding
 from server_sdk.audit.metrics import likeness
-from server_sdk.audit.trial import Outcome
+from server_sdk.audit.outcome import Outcome
 
 
 def make_finding(

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from server_sdk.audit.finding import Finding
+from server_sdk.audit.outcome import worst_of
 from server_sdk.audit.page import render, rows_of
 from server_sdk.audit.plots import Scatter, scatter
 from server_sdk.audit.report import compose
-from server_sdk.audit.trial import worst_of
 from server_sdk.errors import ServerError
 
 Make = Callable[..., Finding]

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from server_sdk.audit.finding import Finding
+from server_sdk.audit.outcome import worst_of
 from server_sdk.audit.report import attack_label, bundle_label, compose, shown_by
 from server_sdk.audit.table import print_table
-from server_sdk.audit.trial import worst_of
 from server_sdk.errors import ServerError
 
 Make = Callable[..., Finding]

@@ -11,7 +11,8 @@ import numpy as np
 from edge_sdk.batch import Samples
 from server_sdk.audit.attacks import Averaging, LearnedDecoder, WhiteBox
 from server_sdk.audit.division import Division
-from server_sdk.audit.trial import Trial, attack, train
+from server_sdk.audit.outcome import attack, worst_of
+from server_sdk.audit.trial import Trial, train
 from server_sdk.broker import EmbeddedBroker
 
 
@@ -31,7 +32,8 @@ def test_a_frozen_bundle_is_trained_and_attacked(
     decoder = LearnedDecoder("mlp", epochs=3, width=4)
     attacks = (LearnedDecoder("convolution", epochs=1), decoder, Averaging(decoder, 4), WhiteBox(steps=5, victims=4))
     floor, found = attack(trained, division, attacks, seed=0)
-    assert [each.attack for each in found] == ["decoder_mlp", "white_box"], (
-        "no axes to convolve, one version to average"
+    assert [each.attack for each in found] == ["decoder_mlp", "averaging_decoder_mlp", "white_box"], (
+        "no axes to convolve"
     )
-    assert floor.reconstructions.shape == (20, 1, 8, 8) and len(found[1].reconstructions) == 4
+    assert [each.supposed for each in found] == [False, True, False] and not worst_of(found).supposed
+    assert floor.reconstructions.shape == (20, 1, 8, 8) and len(found[2].reconstructions) == 4
