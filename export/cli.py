@@ -6,18 +6,22 @@ import sys
 from collections.abc import Sequence
 
 from edge_sdk.console import new_parser, run
-from export.build_command import EXAMPLES, add_build, build
+from export import build_command, sweep_command
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``psgl-export``; returns the exit code."""
-    parser = new_parser("psgl-export", "Make bundles of ONNX graphs that train on a device.", EXAMPLES)
+    parser = new_parser(
+        "psgl-export", "Make bundles of ONNX graphs for devices.", build_command.EXAMPLES + sweep_command.EXAMPLES
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_build(commands)
+    build_command.add_build(commands)
+    sweep_command.add_sweep(commands)
     arguments = parser.parse_args(argv)
-    return run(lambda: build(arguments), debug=getattr(arguments, "debug", False))
+    command = build_command.build if arguments.command == "build" else sweep_command.sweep_command
+    return run(lambda: command(arguments), debug=getattr(arguments, "debug", False))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,20 @@ class DataOptions:
         file: .npz as ``load_dataset`` reads it, or one of its names.
         foe: the foe's share of the training samples.
         rest: None, or the class that all others are told from: labels become 0 (this class) and 1 (any other).
+        signal: samples are signals.
         group: name of the array in the file that says which patient or record a training sample is of, or None.
-        merge: names of arrays of further training samples and their labels.
+        merge: names of the arrays of further training samples and of their labels, a validation set for instance.
         rounds, batch: of training on devices.
         guide: share of the device's training samples that the guide is fitted on where a profile has one; the device
             trains on the others.
         shift: augmentation on the device.
-        seeds: in place of the stage's, or None.
+        seeds: in place of a stage's, or None.
     """
 
     file: Path
     foe: float = 0.4
     rest: int | None = None
+    signal: bool = False
     group: str | None = None
     merge: tuple[str, ...] = ()
     rounds: int = 1000
@@ -132,9 +134,11 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError(f"{path} is not TOML: {exc}") from exc
     known = {"data", "profile", "stage", "attack"}
     if not set(text) <= known:
-        raise ConfigError(f"{path}: {sorted(set(text) - known)[0]!r} is no part of a plan: use {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{path}: {sorted(set(text) - known)[0]!r} is no part of a plan: use {', '.join(sorted(known))}"
+        )
     data = {name: _options(DataOptions, part, f"data.{name}") for name, part in text.get("data", {}).items()}
-    data = {name: _beside(path, each) for name, each in data.items()}
+    data = {name: replace(each, file=path.parent / each.file) for name, each in data.items()}
     profiles = {name: ProfileOptions(name) for name in PROFILES}
     for name, part in text.get("profile", {}).items():
         profiles[name] = _options(ProfileOptions, {"profile": name, **part}, f"profile.{name}")
@@ -153,12 +157,6 @@ def read_plan(path: Path) -> Plan:
     if not stages:
         raise ConfigError(f"{path} has no [[stage]]: name profiles, data and attacks in at least one")
     return Plan(data, profiles, stages, _options(AttackOptions, text.get("attack", {}), "attack"))
-
-
-def _beside(path: Path, options: DataOptions) -> DataOptions:
-    from dataclasses import replace
-
-    return replace(options, file=path.parent / options.file)
 
 
 def _options(kind: type[Any], part: Any, place: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.bundle import Manifest
 from server_sdk.audit.attacks import Attack, Averaging, LearnedDecoder, Progress, WhiteBox
 from server_sdk.audit.division import Division
-from server_sdk.audit.outcome import Outcome, attack, worst_of
+from server_sdk.audit.outcome import Outcome, attack, worst_name, worst_of
 from server_sdk.audit.scores import score
 from server_sdk.audit.trial import Trained, Trial, train
 from server_sdk.broker import EmbeddedBroker
 
-__all__ = ["PROTOCOLS", "Finding", "find", "measure", "standard_attacks"]
+__all__ = ["PROTOCOLS", "Finding", "fields_of", "find", "measure", "standard_attacks"]
 
 PROTOCOLS: Mapping[str, str] = {
     "P1": "perturbed in training and at test",
@@ -51,36 +53,63 @@ class Finding:
 
     def as_fields(self) -> dict[str, Any]:
         """As JSON values: all that ``report.compose`` needs. Excess is the worst attack's above the floor."""
-        worst = worst_of(self.outcomes)
-        manifest = self.trained.victim.bundle.manifest
-        unperturbed = self.protocols.get("P2", {}).get("clean") or {}
-        return {
-            "bundle": {
-                "id": self.trained.victim.bundle.id,
-                "name": self.name,
-                "profile": manifest.profile,
-                "input_shape": list(manifest.input_shape),
-                "classes": len(manifest.classes),
-                "perturbs": manifest.normalisation is not None,
-                "frozen": manifest.frozen,
-            },
-            "seed": self.seed,
-            "protocols": dict(self.protocols),
-            # The network that never met a perturbation, asked without one: what follows the guide there, follows
-            # because both find the same samples hard.
-            "follow_when_wrong_without_perturbation": unperturbed.get("follow_when_wrong"),
-            "bytes_per_sample": self.trained.figures["bytes_per_sample"],
-            "exposure": self.trained.exposure.as_fields(),
-            "floor": self.floor.as_fields(),
-            "attacks": {each.attack: each.as_fields() for each in self.outcomes},
-            "worst_attack": worst.attack,
-            "excess": worst.excess,
-        }
+        attacks = {each.attack: each.as_fields() for each in self.outcomes}
+        return fields_of(self.name, self.seed, self.trained, self.protocols, self.floor.as_fields(), attacks)
 
     def arrays(self) -> dict[str, Array]:
         """Reconstructions of the first victims, for ``page.rows_of``: by the ``worst`` attack, and by the ``floor``."""
         worst = worst_of(self.outcomes)
         return {"worst": worst.reconstructions[:_KEPT], "floor": self.floor.reconstructions[:_KEPT]}
+
+
+def fields_of(
+    name: str,
+    seed: int,
+    trained: Trained,
+    protocols: Mapping[str, Any],
+    floor: Mapping[str, Any],
+    attacks: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A cell out of its parts, wherever they were found.
+
+    Args:
+        name, seed, trained, protocols: as ``Finding`` has them.
+        floor: ``Outcome.as_fields`` of the floor.
+        attacks: ``Outcome.as_fields`` by the attack's name, at least one.
+    """
+    bundle = trained.victim.bundle
+    manifest = bundle.manifest
+    unperturbed = protocols.get("P2", {}).get("clean") or {}
+    worst = worst_name(attacks)
+    return {
+        "bundle": {
+            "id": bundle.id,
+            "name": name,
+            "profile": manifest.profile,
+            "input_shape": list(manifest.input_shape),
+            "classes": len(manifest.classes),
+            "perturbs": manifest.normalisation is not None,
+            "frozen": manifest.frozen,
+        },
+        "seed": seed,
+        "protocols": dict(protocols),
+        # The network that never met a perturbation, asked without one: what follows the guide there, follows
+        # because both find the same samples hard.
+        "follow_when_wrong_without_perturbation": unperturbed.get("follow_when_wrong"),
+        "bytes_per_sample": trained.figures["bytes_per_sample"],
+        "payload_per_sample": _payload(manifest),
+        "exposure": trained.exposure.as_fields(),
+        "floor": floor,
+        "attacks": attacks,
+        "worst_attack": worst,
+        "excess": attacks[worst]["excess"],
+    }
+
+
+def _payload(manifest: Manifest) -> int:
+    """Bytes of one sample's activations, without labels and envelope; floats travel as float16."""
+    values = math.prod(manifest.cut_shape)
+    return -(-values * manifest.bits // 8) if manifest.bits else 2 * values
 
 
 def standard_attacks(*, epochs: int, width: int, steps: int, sends: int, device: str = "cpu") -> list[Attack]:

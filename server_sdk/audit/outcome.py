@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from server_sdk.audit.trial import Trained
 from server_sdk.errors import ServerError
 from server_sdk.reference.guide import Guide, fit_guide
 
-__all__ = ["Outcome", "Target", "attack", "worst_of"]
+__all__ = ["Outcome", "Target", "attack", "worst_name", "worst_of"]
 
 Array = npt.NDArray[np.float32]
 _JUDGE_EPOCHS = 15
@@ -162,12 +162,18 @@ def attack(
 
 def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
     """The attack that shows most beyond the floor, by SSIM or, of signals, correlation; supposed ones do not count."""
+    named = {each.attack: each for each in outcomes}
+    return named[worst_name({name: each.as_fields() for name, each in named.items()})]
 
-    def shown(outcome: Outcome) -> float:
-        ssim, correlation = outcome.excess["ssim"], outcome.excess["correlation"]
-        return float(correlation or 0.0) if ssim is None else ssim
 
-    return max((each for each in outcomes if not each.supposed), key=shown)
+def worst_name(attacks: Mapping[str, Mapping[str, Any]]) -> str:
+    """``worst_of`` by ``Outcome.as_fields``: the name of the worst."""
+
+    def shown(name: str) -> float:
+        excess = attacks[name]["excess"]
+        return float(excess["correlation"] if excess["ssim"] is None else excess["ssim"])
+
+    return max((name for name, fields in attacks.items() if not fields["supposed"]), key=shown)
 
 
 def _floats(x: npt.NDArray[Any], manifest: Manifest) -> Array:

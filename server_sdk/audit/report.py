@@ -32,7 +32,7 @@ def compose(cells: Sequence[Sequence[Mapping[str, Any]]], *, data: str, command:
         accuracy and AUC below the first undefended bundle, or None), and under ``beside`` the same of the others.
 
     Raises:
-        ServerError: no bundle, a bundle without seeds, or seeds of different bundles in one place.
+        ServerError: no bundle, a bundle without seeds, or bundles of different kinds in one place.
     """
     if not cells or not all(cells):
         raise ServerError("a report needs at least one bundle, and at least one seed of each")
@@ -48,9 +48,10 @@ def compose(cells: Sequence[Sequence[Mapping[str, Any]]], *, data: str, command:
 
 def _of_bundle(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     facts = dict(cells[0]["bundle"])
-    if any(cell["bundle"]["id"] != facts["id"] for cell in cells):
-        raise ServerError("seeds of different bundles stand in one place: group the cells by their bundle's id")
-    seeds = [{name: value for name, value in cell.items() if name != "bundle"} for cell in cells]
+    kinds = ("profile", "input_shape", "classes", "frozen")
+    if any(cell["bundle"][kind] != facts[kind] for cell in cells for kind in kinds):
+        raise ServerError("bundles of different kinds stand in one place: group the cells by their profile")
+    seeds = [{**cell, "bundle": cell["bundle"]["id"]} for cell in cells]
     first = [seed["protocols"]["P1"] for seed in seeds]
     excess = {name: _mean([seed["excess"][name] for seed in seeds]) for name in seeds[0]["excess"]}
     measure = "correlation" if excess["ssim"] is None else "ssim"
@@ -64,6 +65,7 @@ def _of_bundle(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 [seed["follow_when_wrong_without_perturbation"] for seed in seeds]
             ),
             "bytes_per_sample": _mean([seed["bytes_per_sample"] for seed in seeds]),
+            "payload_per_sample": _mean([seed["payload_per_sample"] for seed in seeds]),
             "bits_per_sample": _mean([seed["exposure"]["bits_per_sample"] for seed in seeds]),
             "excess": excess,
         },

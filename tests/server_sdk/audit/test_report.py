@@ -56,7 +56,7 @@ def test_cells_of_other_processes_are_put_together_alike(finding: Make) -> None:
     stored = json.loads(json.dumps(cells, allow_nan=False))
     assert compose(stored, data="d", command="c") == json.loads(json.dumps(compose(cells, data="d", command="c")))
     for wrong in ([], [[]], [[*cells[0], finding("vanilla", IMAGE, 0.2).as_fields()]]):
-        with pytest.raises(ServerError, match=r"at least one|different bundles"):
+        with pytest.raises(ServerError, match=r"at least one|different kinds"):
             compose(wrong, data="d", command="c")
 
 
