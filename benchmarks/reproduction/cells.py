@@ -20,7 +20,7 @@ from server_sdk.fusion import BASE_WEIGHTS, fuse
 from server_sdk.recovery import recover
 from server_sdk.reference.guide import Guide, fit_guide
 
-__all__ = ["Tensors", "compute"]
+__all__ = ["Tensors", "compute", "trained"]
 
 Tensors = dict[str, Tensor]
 _SWEEP = tuple((step, iterations) for step in (0.1, 0.3, 0.55, 0.9, 1.0) for iterations in (1, 3, 10, 50))
@@ -82,12 +82,7 @@ def _training(
     cell: Cell, parts: Parts, settings: Settings, given: Mapping[str, Tensor], device: str
 ) -> tuple[dict[str, Any], Tensors]:
     victim, twin = (_plain(parts, cell.seed, device).load(_of(name, given)) for name in ("victim", "twin"))
-    network = SplitNetwork(_shape(parts), parts.classes, cell.seed, defended=True, kind=cell.kind, device=device)
-    sent = unperturbed(parts.train.x)
-    if cell.attack is not None:
-        sent = Saliency(_guide(cell.attack, victim, network, given), parts.train, device).attack(cell.attack)
-    network.train(sent, parts.train.y, settings, cell.seed)
-
+    network = trained(cell, parts, settings, given, device)
     attacks = cell.attacks(settings)
     guides = {attack.guide: _guide(attack, victim, network, given) for attack in attacks}
     views = {
@@ -128,6 +123,19 @@ def _training(
         activations = network.send(views[HEADLINE.guide][0].attack(HEADLINE))[: settings.swept]
         result["sweep"] = _sweep(network, activations, parts.test.y[: settings.swept])
     return result, network.state()
+
+
+def trained(
+    cell: Cell, parts: Parts, settings: Settings, given: Mapping[str, Tensor], device: str = "cpu"
+) -> SplitNetwork:
+    """The defended network of a cell, trained clean or under the cell's attack."""
+    network = SplitNetwork(_shape(parts), parts.classes, cell.seed, defended=True, kind=cell.kind, device=device)
+    sent = unperturbed(parts.train.x)
+    if cell.attack is not None:
+        victim = _plain(parts, cell.seed, device).load(_of("victim", given))
+        sent = Saliency(_guide(cell.attack, victim, network, given), parts.train, device).attack(cell.attack)
+    network.train(sent, parts.train.y, settings, cell.seed)
+    return network
 
 
 def _each(networks: Mapping[str, SplitNetwork], x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
@@ -188,6 +196,9 @@ def _foes(cell: Cell, parts: Parts, settings: Settings, given: Mapping[str, Tens
         return {name: found["accuracy"] for name, found in each.items()}
 
     result: dict[str, Any] = {"sent": judged(seen.perturbed), "clean": judged(parts.test.x)}
+    if cell.attack is not None:
+        streams = network.probabilities(network.send(seen))
+        result["fused"] = score(fuse(streams), parts.test.y)["accuracy"]
     for name, target in targets.items():
         if cell.attack is None and name == "naive":
             continue  # nothing is perturbed: the same foe twice

@@ -52,7 +52,8 @@ class Settings:
         decoder_epochs: of a foe's decoder.
         decoder_width: its channels.
         epsilons: budgets that are measured.
-        foe_epsilons: those at which foes rebuild inputs.
+        trained_epsilons: those under which P1 trains.
+        foe_guides: whose attacks, at the headline's budget, the foes meet.
         most: at most so many training and test samples each; None: all.
         swept: test samples of the sweep over mu.
         back_rate: learning rate of the server's Adam; both follow a cosine to 0.
@@ -65,7 +66,8 @@ class Settings:
     decoder_epochs: int = 20
     decoder_width: int = 48
     epsilons: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
-    foe_epsilons: tuple[float, ...] = (0.2,)
+    trained_epsilons: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
+    foe_guides: tuple[Guided, ...] = ("victim",)
     most: int | None = None
     swept: int = 200
     back_rate: float = 2e-3
@@ -89,10 +91,13 @@ def settings_of(data: str, *, quick: bool) -> Settings:
     """
     chosen = Settings()
     if "mias" in data:
-        chosen = Settings(epochs=40, batch=32, guide_epochs=60, decoder_epochs=100, swept=64)
+        chosen = Settings(epochs=40, batch=32, guide_epochs=60, decoder_epochs=40, swept=64)
+        chosen = replace(chosen, trained_epsilons=(0.2,))
     if quick:
         chosen = replace(chosen, batch=32, guide_epochs=5, decoder_epochs=3, decoder_width=16)
-        chosen = replace(chosen, epochs=5, epsilons=(0.2,), most=800, swept=32)
+        chosen = replace(
+            chosen, epochs=5, epsilons=(0.2,), trained_epsilons=(0.2,), most=160 if "mias" in data else 400, swept=16
+        )
     return chosen
 
 
@@ -154,12 +159,12 @@ class Cell:
 def cells_of(data: str, seeds: Sequence[int], settings: Settings) -> list[Cell]:
     """Every cell of a data set, in the order of `STAGES`."""
     cells: list[Cell] = []
-    strong = settings.attacks(_STRANGERS, settings.foe_epsilons)
     for seed in seeds:
         cells += [Cell(data, seed, kind) for kind in ("networks", "batch", "residual", "trace")]
-        cells += [Cell(data, seed, "perturbed", attack) for attack in settings.attacks(_STRANGERS)]
+        cells += [
+            Cell(data, seed, "perturbed", attack) for attack in settings.attacks(_STRANGERS, settings.trained_epsilons)
+        ]
         cells.append(Cell(data, seed, "foes", None, "networks"))
-        for of in ("residual", "perturbed"):
-            cells += [Cell(data, seed, "foes", attack, of) for attack in strong]
+        cells += [Cell(data, seed, "foes", replace(HEADLINE, guide=guide), "residual") for guide in settings.foe_guides]
     order = [kind for stage in STAGES for kind in stage]
     return sorted(cells, key=lambda cell: order.index(cell.kind))

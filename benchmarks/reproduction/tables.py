@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.reproduction.plan import HEADLINE, Cell, Settings
+from benchmarks.reproduction.plan import HEADLINE, Cell, Settings, cells_of
 
 __all__ = ["Row", "Rows", "collect", "figures_of", "find", "spread"]
 
@@ -23,18 +25,20 @@ def collect(data: str, seeds: Sequence[int], settings: Settings, results: Result
     Args:
         data: its name.
         seeds: in the order of the values.
-        results: of every cell of `cells_of` for these seeds, others are ignored.
+        results: of the cells of `cells_of`; a cell that is not done for every seed is left out. ``networks`` must be
+            there.
 
     Returns:
-        ``sizes`` of the parts, ``settings``, ``clean`` accuracies of the networks without defence, ``rows`` (one for
-        each network and attack), ``sweep`` (one for each mu and number of iterations), ``foes``. Each row has
+        ``sizes`` of the parts, ``settings``, ``machines`` (how many cells each has worked on), ``clean`` accuracies
+        of the networks without defence, ``rows`` (one for each network and attack), ``sweep`` (one for each mu and
+        number of iterations), ``foes``. Each row has
         ``values``: name -> one number for each seed, None where there is none.
     """
     merged: dict[Cell, list[Mapping[str, Any]]] = {}
-    for seed in seeds:
-        for cell, result in results.items():
-            if (cell.data, cell.seed) == (data, seed):
-                merged.setdefault(Cell(data, 0, cell.kind, cell.attack, cell.of), []).append(result)
+    for cell in cells_of(data, seeds[:1], settings):
+        alike = [replace(cell, seed=seed) for seed in seeds]
+        if all(other in results for other in alike):
+            merged[cell] = [results[other] for other in alike]
     rows: Rows = []
     sweep: Rows = []
     foes: Rows = []
@@ -42,7 +46,7 @@ def collect(data: str, seeds: Sequence[int], settings: Settings, results: Result
         trained = cell.attack.name if cell.kind == "perturbed" and cell.attack is not None else None
         head: Row = {"protocol": cell.protocol, "kind": cell.kind, "trained": trained}
         if cell.kind == "foes":
-            values = _values(found)
+            values = _values([{name: part for name, part in result.items() if name != "machine"} for result in found])
             attack = None if cell.attack is None else asdict(cell.attack)
             foes.append({"protocol": cell.protocol, "kind": cell.of, **_attack(attack), "values": values})
         for position in range(len(found[0].get("rows", ()))):
@@ -52,10 +56,11 @@ def collect(data: str, seeds: Sequence[int], settings: Settings, results: Result
         for position in range(len(found[0].get("sweep", ()))):
             each = [result["sweep"][position] for result in found]
             sweep.append({"step": each[0]["step"], "iterations": each[0]["iterations"], "values": _values(each)})
-    networks = merged[Cell(data, 0, "networks")]
+    networks = merged[Cell(data, seeds[0], "networks")]
     return {
         "sizes": networks[0]["sizes"],
         "settings": asdict(settings),
+        "machines": dict(Counter(str(result["machine"]) for each in merged.values() for result in each)),
         "clean": _values([result["clean"] for result in networks]),
         "rows": rows,
         "sweep": sweep,
@@ -84,19 +89,16 @@ def figures_of(data: str, found: Row) -> dict[str, list[float]]:
     headline = asdict(HEADLINE)
     row = find(found["rows"], protocol="P2", kind="residual", **headline)
     foes = find(found["foes"], protocol="P2", kind="residual", **headline)
-    if row is None or foes is None:
-        return {}
-    scores = {name: row["values"][f"scores.{name}.accuracy"] for name in ("undefended", "twin", "paper", "fitted")}
-    named = {
-        "fused_minus_undefended_paper_weights": (scores["paper"], scores["undefended"]),
-        "fused_minus_undefended_fitted": (scores["fitted"], scores["undefended"]),
-        "fused_minus_twin_paper_weights": (scores["paper"], scores["twin"]),
-        "fused_minus_twin_fitted": (scores["fitted"], scores["twin"]),
-        "fused_minus_reconstructed_naive": (scores["paper"], foes["values"]["naive.victim"]),
-        "fused_minus_reconstructed_adaptive": (scores["paper"], foes["values"]["adaptive.victim"]),
-        "fused_minus_reconstructed_naive_own_classifier": (scores["paper"], foes["values"]["naive.judge"]),
-        "fused_minus_reconstructed_adaptive_own_classifier": (scores["paper"], foes["values"]["adaptive.judge"]),
-    }
+    named: dict[str, tuple[list[float], list[float]]] = {}
+    if row is not None:
+        scores = {name: row["values"][f"scores.{name}.accuracy"] for name in ("undefended", "twin", "paper", "fitted")}
+        for plain in ("undefended", "twin"):
+            named[f"fused_minus_{plain}_paper_weights"] = (scores["paper"], scores[plain])
+            named[f"fused_minus_{plain}_fitted"] = (scores["fitted"], scores[plain])
+    if foes is not None:
+        for who, (reader, suffix) in product(("naive", "adaptive"), (("victim", ""), ("judge", "_own_classifier"))):
+            read = foes["values"][f"{who}.{reader}"]
+            named[f"fused_minus_reconstructed_{who}{suffix}"] = (foes["values"]["fused"], read)
     return {
         f"reproduce.{data}.{name}": [a - b for a, b in zip(ours, theirs, strict=True)]
         for name, (ours, theirs) in named.items()
