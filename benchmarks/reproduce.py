@@ -185,13 +185,14 @@ def _run(tasks: Sequence[_Task], processes: int, console: Console) -> dict[Cell,
     context = multiprocessing.get_context("spawn")
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
         bar = progress.add_task("cells", total=len(tasks))
+        again = _bare(tasks)
         pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_alone)
         try:
             for stage in STAGES:
                 waiting: dict[Future[dict[str, Any]], _Task] = {}
                 for task in sorted(_of(stage, tasks), key=lambda each: stage.index(each.cell.kind)):
                     kept = task.cache.result(task.key)
-                    if kept is None:
+                    if kept is None or task.key in again:
                         waiting[pool.submit(_work, task)] = task
                     else:
                         results[task.cell] = kept
@@ -207,6 +208,16 @@ def _run(tasks: Sequence[_Task], processes: int, console: Console) -> dict[Cell,
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return {task.cell: results[task.cell] for task in tasks}
+
+
+def _bare(tasks: Sequence[_Task]) -> set[str]:
+    """Keys of results that are kept without the tensors that a cell still to come needs: they are worked on again."""
+    again: set[str] = set()
+    for stage in reversed(STAGES):
+        for task in _of(stage, tasks):
+            if task.key in again or task.cache.result(task.key) is None:
+                again |= {key for key in task.needs if not task.cache.holds_tensors(key)}
+    return again
 
 
 def _of(stage: Sequence[str], tasks: Sequence[_Task]) -> list[_Task]:

@@ -67,6 +67,10 @@ class Cache:
             return None
         return found if isinstance(found, dict) else None
 
+    def holds_tensors(self, key: str) -> bool:
+        """Whether the tensors of a cell are there, and not its result alone."""
+        return (self.folder / f"{key}.safetensors").is_file()
+
     def tensors(self, key: str) -> dict[str, Tensor]:
         """The tensors of a cell that is done."""
         return safetensors.torch.load_file(self.folder / f"{key}.safetensors")
