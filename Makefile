@@ -9,7 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test check format bench chaos fuzz clean
+.PHONY: help demo test check format bench chaos fuzz reproduce clean
 
 help:
 	@echo "make demo    train on MNIST over MQTT: broker, server, three devices   [DATA=x.npz OUT=dir ARGS=...]"
@@ -17,6 +17,7 @@ help:
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   measure speed side by side with plain torch and bare MQTT"
 	@echo "make chaos   kill devices, broker and server again and again; nothing may be lost   [ARGS=--quick]"
+	@echo "make reproduce   measure again what the paper claims; hours on 2 cores   [DATA=folder ARGS=--quick]"
 	@echo "make fuzz    hostile bytes for the parsers, at least 200,000 inputs"
 	@echo "PIP_ARGS=... is passed to pip (an index of CPU-only torch builds, for example)"
 
@@ -52,6 +53,9 @@ bench: $(VENV)/installed-dev
 
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.chaos --json $(ARGS)
+
+reproduce: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.reproduce $(if $(DATA),--data-folder '$(DATA)') $(ARGS)
 
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m tests.fuzz --runs 200000 $(ARGS)

@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-__all__ = ["options", "print_figures", "ratio"]
+__all__ = ["options", "print_figures", "ratio", "report"]
 
 
 def options(module: str, about: str) -> argparse.ArgumentParser:
@@ -34,24 +35,25 @@ def print_figures(figures: Mapping[str, float], samples: Mapping[str, Sequence[f
     for name, value in figures.items():
         print(f"{name:48} {value:.4g}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        tools = ("numpy", "onnxruntime", "torch", "paho-mqtt", "cbor2")
-        machine = {
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in tools},
-        }
-        print(
-            json.dumps(
-                {
-                    "figures": {name: round(value, 4) for name, value in figures.items()},
-                    "command": "python -m " + " ".join(["benchmarks." + _module(), *sys.argv[1:]]),
-                    "date": datetime.now(UTC).date().isoformat(),
-                    "machine": machine,
-                    "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
-                }
-            )
-        )
+        print(json.dumps(report(figures, samples)))
+
+
+def report(figures: Mapping[str, float], samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The object that every benchmark prints: figures, the command, the date, the machine and the samples."""
+    tools = ("numpy", "onnxruntime", "torch", "paho-mqtt", "cbor2")
+    machine = {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in tools},
+    }
+    return {
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+        "command": "python -m " + " ".join(["benchmarks." + _module(), *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine,
+        "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
+    }
 
 
 def _module() -> str:

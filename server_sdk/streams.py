@@ -78,6 +78,8 @@ class Streams(nn.Module):
         seed: at least 0.
         recovery_method: of `recover`.
         recovered_view: what the streams take as recovered: the ``residual`` R = A - M or the ``trace`` M.
+        recovered_over: the matrix that is decomposed: each ``sample`` by itself, (C, prod(S)), or the whole ``batch``,
+            (N * C, prod(S)), for comparison: then a sample's result depends on its batch-mates.
 
     Raises:
         ServerError: an unknown stream or option.
@@ -95,6 +97,7 @@ class Streams(nn.Module):
         *,
         recovery_method: Method = "gram",
         recovered_view: Literal["residual", "trace"] = "residual",
+        recovered_over: Literal["sample", "batch"] = "sample",
     ) -> None:
         super().__init__()
         for name in names:
@@ -114,6 +117,8 @@ class Streams(nn.Module):
             )
         if recovered_view not in ("residual", "trace"):
             raise ServerError(f"recovered_view is '{recovered_view}': use 'residual' or 'trace'")
+        if recovered_over not in ("sample", "batch"):
+            raise ServerError(f"recovered_over is '{recovered_over}': use 'sample' or 'batch'")
         self.names = tuple(name for name in STREAMS if name in names)
         self.channels = channels
         self.spatial_dims = spatial_dims
@@ -121,6 +126,7 @@ class Streams(nn.Module):
         self.seed = seed
         self.recovery_method: Method = recovery_method
         self.recovered_view = recovered_view
+        self.recovered_over = recovered_over
         for name in self.names:
             with seeded(seed, STREAMS.index(name)):
                 back = back_factory()
@@ -148,8 +154,11 @@ class Streams(nn.Module):
         """
         views: dict[str, tuple[Tensor, ...]] = {"attacked": (activations,)}
         if self.names != ("attacked",):
-            split = recover(activations, threshold=self.threshold, method=self.recovery_method)
+            together = self.recovered_over == "batch" and len(activations) > 0
+            matrices = activations.flatten(0, 1).unsqueeze(0) if together else activations
+            split = recover(matrices, threshold=self.threshold, method=self.recovery_method)
             recovered = split.recovered if self.recovered_view == "residual" else split.trace
+            recovered = recovered.reshape(activations.shape)
             views |= {"recovered": (recovered,), "fused": (activations, recovered)}
         logits: dict[str, Tensor] = {}
         for name in self.names:

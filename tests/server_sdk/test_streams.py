@@ -79,6 +79,19 @@ def test_each_stream_takes_its_view() -> None:
     torch.testing.assert_close(trace(activations)["recovered"], trace.recovered(activations - recovered))
 
 
+def test_a_batch_can_be_recovered_as_one_matrix() -> None:
+    streams = Streams(back, CHANNELS, 2, threshold=0.3, recovered_over="batch").eval()
+    activations = batch()
+    tall = activations.reshape(4 * CHANNELS, 36)
+    left, sigma, right = torch.linalg.svd(tall, full_matrices=False)
+    residual = (left * sigma.clamp_max(0.3 * sigma.max()) @ right).reshape(activations.shape)
+    torch.testing.assert_close(streams(activations)["recovered"], streams.recovered(residual), atol=1e-4, rtol=1e-4)
+    alone = Streams(back, CHANNELS, 2, threshold=0.3).eval()
+    torch.testing.assert_close(streams(activations[:1])["fused"], alone(activations[:1])["fused"])
+    assert not torch.allclose(streams(activations)["recovered"], alone(activations)["recovered"])
+    assert streams(activations[:0])["fused"].shape == (0, CLASSES)
+
+
 def test_fusion_convolution_is_the_sum_of_the_formula() -> None:
     fusion = FusionConvolution(CHANNELS)
     activations, recovered = batch(seed=1), batch(seed=2)
@@ -195,6 +208,7 @@ def test_seeded_draws_repeat_and_restore() -> None:
         ({"names": ()}, "no stream is named"),
         ({"seed": -1}, "seed of at least 0"),
         ({"recovered_view": "both"}, "'residual' or 'trace'"),
+        ({"recovered_over": "round"}, "'sample' or 'batch'"),
     ],
 )
 def test_refusals_name_the_remedy(options: dict[str, object], remedy: str) -> None:

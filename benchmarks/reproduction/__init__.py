@@ -1,0 +1,1 @@
+"""What ``benchmarks.reproduce`` measures, how it is kept, and the page that it writes."""
