@@ -8,6 +8,7 @@ split inference He, Zhang and Lee, "Model Inversion Attacks Against Collaborativ
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -24,17 +25,23 @@ __all__ = ["LearnedDecoder"]
 
 Array = npt.NDArray[np.float32]
 _PART = 512
+_LEAST_TO_HOLD_OUT = 40
+_WEIGHT_DECAY = 1e-2
 
 
 @dataclass(frozen=True)
 class LearnedDecoder:
     """A decoder network, trained anew for each attack.
 
+    A tenth of the foe's samples is held out, and the weights that rebuild these best are kept: a decoder that has
+    learned its samples by heart, or the noise on them, would make any defence look good.
+
     Attributes:
         kind: ``convolution`` (needs activations with spatial axes) or ``mlp``.
-        epochs: passes over the auxiliary samples.
+        epochs: passes over the auxiliary samples, more where they would come to less than ``least_steps``.
         width: channels of the convolutions; an MLP has 16 times as many hidden units.
-        learning_rate: of Adam, with a cosine to zero.
+        learning_rate: of AdamW, with a cosine to zero.
+        least_steps: of the training.
         device: where it trains, ``cpu`` or ``cuda``.
         victims: how many of the victims are attacked, the first of them; None: all.
     """
@@ -45,6 +52,7 @@ class LearnedDecoder:
     learning_rate: float = 2e-3
     device: str = "cpu"
     victims: int | None = None
+    least_steps: int = 800
 
     @property
     def name(self) -> str:
@@ -102,24 +110,38 @@ class LearnedDecoder:
         return _ConvolutionDecoder(shape, target, self.width)
 
     def _train(self, decoder: nn.Module, codes: Tensor, wanted: Tensor, progress: Progress | None) -> None:
-        batch = max(1, min(128, len(codes) // 4))
-        steps = self.epochs * math.ceil(len(codes) / batch)
-        optimizer = torch.optim.Adam(decoder.parameters(), lr=self.learning_rate)
+        order = torch.randperm(len(codes)).to(codes.device)
+        held = len(codes) // 10 if len(codes) >= _LEAST_TO_HOLD_OUT else 0
+        aside, order = order[:held], order[held:]
+        batch = max(1, min(128, len(order) // 4))
+        epochs = max(self.epochs, math.ceil(self.least_steps / math.ceil(len(order) / batch)))
+        steps = epochs * math.ceil(len(order) / batch)
+        optimizer = torch.optim.AdamW(decoder.parameters(), lr=self.learning_rate, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        decoder.train()
-        for epoch in range(self.epochs):
+        best, kept = math.inf, copy.deepcopy(decoder.state_dict())
+        for epoch in range(epochs):
             total = 0.0
-            order = torch.randperm(len(codes)).to(codes.device)
+            decoder.train()
+            order = order[torch.randperm(len(order)).to(order.device)]
             for chosen in torch.tensor_split(order, tuple(range(batch, len(order), batch))):
-                if len(chosen) > 1 or len(codes) == 1:
+                if len(chosen) > 1 or len(order) == 1:
                     loss = nn.functional.mse_loss(decoder(codes[chosen]), wanted[chosen])
                     optimizer.zero_grad()
                     torch.autograd.backward(loss)
                     optimizer.step()
                     total += float(loss.detach()) * len(chosen)
                 schedule.step()
+            if held:
+                decoder.eval()
+                with torch.inference_mode():
+                    parts = [(decoder(codes[part]) - wanted[part]).square().sum() for part in torch.split(aside, _PART)]
+                error = float(torch.stack(parts).sum())
+                if error < best:
+                    best, kept = error, copy.deepcopy(decoder.state_dict())
             if progress is not None:
-                progress(epoch + 1, self.epochs, total / len(codes))
+                progress(epoch + 1, epochs, total / len(order))
+        if held:
+            decoder.load_state_dict(kept)
 
 
 class _ConvolutionDecoder(nn.Module):
