@@ -120,12 +120,8 @@ def bundle_label(audited: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 
 def attack_label(attack: str, audited: Mapping[str, Any]) -> str:
-    """What an attack is called; means over sends of a frozen front are those of a device that it is not.
-
-    A frozen front's noise is the same with each send of a sample, so that its mean tells nothing new; the attack shows
-    what would be left of the protection if it were not.
-    """
-    supposed = audited["frozen"] and attack.startswith("averaging_")
+    """What an attack is called; one that was given what the device does not send is called a supposition."""
+    supposed = audited["seeds"][0]["attacks"].get(attack, {}).get("supposed")
     return f"{attack}, if noise were drawn anew" if supposed else attack
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -52,14 +53,16 @@ def make_finding(
         classes=tuple(map(str, range(classes))),
         normalisation="sign" if guide else None,
         frozen=frozen,
+        cut_shape=(4, 5),
+        bits=0,
     )
     trained = SimpleNamespace(
         victim=SimpleNamespace(bundle=SimpleNamespace(id=f"{profile}-{name}", manifest=manifest)),
         figures={"bytes_per_sample": 100.0},
         exposure=Exposure(bits, training_samples=40, training_sends=100, versions=10, decisions=20),
     )
-    often = [outcome("averaging_decoder_mlp", noisy[:9])] if frozen else []
-    outcomes = [outcome("weak", mean), *(often or [outcome("strong", noisy[:9])])]
+    strong = outcome("averaging_decoder_mlp" if frozen else "strong", noisy[:9])
+    outcomes = [outcome("weak", mean), replace(strong, supposed=frozen)]
     return Finding(name, seed, cast(Any, trained), outcome("floor", mean), outcomes, protocols)
 
 
