@@ -40,6 +40,7 @@ __all__ = [
     "measured_range",
     "model_of",
     "prepare_guide",
+    "profile_of",
 ]
 
 _BOUNDS: tuple[tuple[type[nn.Module], float], ...] = ((nn.Tanh, 1.0), (nn.Sigmoid, 1.0), (nn.ReLU6, 6.0))
@@ -150,7 +151,7 @@ def build_bundle(
         ModelError: the network cannot be built or split.
         BundleError: the file cannot be written.
     """
-    profile = _profile(options.profile)
+    profile = profile_of(options.profile)
     perturbation = profile.perturbation
     if perturbation is not None and options.epsilon is not None:
         perturbation = type(perturbation)(perturbation.normalisation, options.epsilon)
@@ -272,7 +273,7 @@ def model_of(options: BuildOptions) -> ModelSpec:
     """
     if options.model is not None:
         return options.model
-    profile = _profile(options.profile)
+    profile = profile_of(options.profile)
     channels, *axes = options.input_shape
     grid = [size // options.downsample for size in axes]
     stacked = channels * options.downsample ** len(axes) + (1 if profile.perturbation else 0)
@@ -280,7 +281,12 @@ def model_of(options: BuildOptions) -> ModelSpec:
     return ModelSpec(profile.factory, arguments, profile.cut)
 
 
-def _profile(name: str) -> Profile:
+def profile_of(name: str) -> Profile:
+    """The profile of that name.
+
+    Raises:
+        ExportError: there is none.
+    """
     profile = PROFILES.get(name)
     if profile is None:
         raise ExportError(f"there is no profile {name!r}: use one of {', '.join(PROFILES)}")

@@ -94,8 +94,9 @@ def build(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from export.build import BuildOptions, build_bundle, class_names
+    from export.build import BuildOptions, build_bundle, class_names, profile_of
     from export.prepare import prepare, recipe_of
+    from export.trade_off import LEAST_HELD_OUT
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     options = BuildOptions(
@@ -108,6 +109,15 @@ def build(arguments: argparse.Namespace) -> int:
         input_range=_input_range(arguments, dataset),
     )
     given = {name: value for name in _RECIPE if (value := getattr(arguments, name)) is not None}
+    frozen = profile_of(arguments.profile).frozen
+    if not frozen and (given or arguments.flip):
+        option = next(iter([*given, "flip"]))
+        raise ConfigError(f"--{option} is for a front that is trained here; devices train the one of this profile")
+    if frozen and len(dataset.test) < LEAST_HELD_OUT:
+        raise ConfigError(
+            f"{arguments.data} has {len(dataset.test)} test samples: what the front shows is measured on them, give at "
+            f"least {LEAST_HELD_OUT}"
+        )
     recipe = replace(recipe_of(options), flip=arguments.flip, compute=arguments.compute, **given)
     console = Console(stderr=True)
     with console.status("preparing") as shown:

@@ -69,8 +69,8 @@ class Bottleneck(Plain):
         code: values of the code, a vector.
         noise: sigma, above 0.
         strength: weight of the bound.
-        spread: None: the centres are learned. Else they stand at rows of a Hadamard matrix times this, as far from
-            each other as a code in [-1, 1] allows for its length.
+        spread: None: the centres are learned. Else they stand at rows of a Hadamard matrix times this: two classes at
+            opposite ends, more at right angles where the code is a power of two long, and nearer where it is not.
 
     Raises:
         ExportError: a noise of 0, or a code shorter than fixed centres need.
@@ -208,7 +208,8 @@ def defence_for(
 
 
 def _codewords(classes: int, code: int) -> Tensor:
-    """Rows of a Hadamard matrix (Sylvester 1867): +-1, orthogonal; two classes get one and its opposite."""
+    """Rows of a Hadamard matrix (Sylvester 1867), cut to the code's length: +-1 (K, code); two get one row and its
+    opposite."""
     rows = torch.ones(1, 1)
     while len(rows) < max(code, classes + 1):
         rows = torch.cat([torch.cat([rows, rows], dim=1), torch.cat([rows, -rows], dim=1)])

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.batch import Samples, as_batch
-from export.defences import Defence, defence_for
+from edge_sdk.batch import Samples, as_batch, as_labels
+from export.defences import DEFENCES, Defence, defence_for
 from export.errors import ExportError
 from server_sdk.reference.perturbation import front_input
 from server_sdk.reference.specification import ModelSpec, build
@@ -40,7 +40,7 @@ class Recipe:
     Attributes:
         defence: a name of ``DEFENCES``.
         steps: of the optimizer, at least 1.
-        batch: samples of a step.
+        batch: samples of a step, at least 2.
         learning_rate: its highest, after a warm-up over a fifth of the steps; a cosine takes it to zero.
         weight_decay: of AdamW.
         strength: weight of the defence's penalty.
@@ -72,12 +72,23 @@ class Recipe:
     compute: str = "cpu"
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.teacher_steps) < 1 or self.folds < 2 or self.learning_rate <= 0:
-            raise ExportError("steps, batch and learning rate are above 0, folds at least 2: give such a recipe")
-        if self.noise < 0 or self.strength < 0 or self.shift < 0 or not 0 <= self.teacher <= 1:
-            raise ExportError("noise, strength and shift are at least 0, the teachers' share is 0 to 1")
+        if self.defence not in DEFENCES or self.compute not in ("cpu", "cuda") or self.downsample not in (1, 2):
+            raise ExportError(
+                f"defence {self.defence!r}, compute {self.compute!r}, downsample {self.downsample}: the defence is one "
+                f"of {', '.join(DEFENCES)}, compute cpu or cuda, downsample 1 or 2"
+            )
+        rates = (self.learning_rate, self.weight_decay, self.strength, self.noise)
+        if min(self.steps, self.teacher_steps) < 1 or min(self.batch, self.folds) < 2 or not self.learning_rate > 0:
+            raise ExportError("steps and learning rate are above 0, batch and folds at least 2: give such a recipe")
+        if min(*rates, self.shift) < 0 or not all(map(math.isfinite, rates)) or not 0 <= self.teacher <= 1:
+            raise ExportError(
+                "weight decay, noise, strength and shift are at least 0 and finite, the teachers' share is 0 to 1: "
+                "give such a recipe"
+            )
         if self.spread is not None and not 0 < self.spread <= 1:
             raise ExportError(f"spread is {self.spread:g}: the code is in [-1, 1], choose one above 0 and at most 1")
+        if self.defence == "bottleneck" and self.noise == 0:
+            raise ExportError("the bottleneck is measured in units of the noise: give a noise above 0")
 
 
 def recipe_for(input_shape: Sequence[int], classes: int) -> Recipe:
@@ -130,7 +141,8 @@ def train_network(
     device = torch.device(recipe.compute)
     floats = as_batch(samples.x, input_shape, max_batch=len(samples), input_range=input_range)
     x = torch.from_numpy(floats).to(device)
-    target = nn.functional.one_hot(torch.from_numpy(samples.y), classes).float().to(device)
+    labels = torch.from_numpy(as_labels(samples.y, len(samples), classes))
+    target = nn.functional.one_hot(labels, classes).float().to(device)
     if recipe.teacher > 0:
         if teacher is None:
             raise ExportError("the recipe has teachers: say which network they are")

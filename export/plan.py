@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, PsglError
+from export.harden import Recipe
 from server_sdk.audit.attacks import Attack, Averaging, LearnedDecoder, WhiteBox
 from server_sdk.reference.profiles import PROFILES
 
@@ -16,6 +19,8 @@ __all__ = ["ATTACKS", "AttackOptions", "DataOptions", "Plan", "ProfileOptions", 
 
 ATTACKS = ("decoder_mlp", "decoder_convolution", "white_box", "averaging_decoder_mlp", "averaging_decoder_convolution")
 """Attacks that a plan may name; all but the decoders on a single send are slow or seldom the worst."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,19 @@ class AttackOptions:
     steps: int = 400
     sends: int = 16
 
+    def __post_init__(self) -> None:
+        _at_least(1, epochs=self.epochs, width=self.width, steps=self.steps)
+        _at_least(2, sends=self.sends)
+
+    def decoder(self, kind: Literal["mlp", "convolution"], compute: str) -> LearnedDecoder:
+        """The decoder of that kind."""
+        return LearnedDecoder(kind, self.epochs, self.width, device=compute)
+
     def make(self, name: str, compute: str) -> Attack:
-        """The attack of that name."""
+        """The attack of that name, one of ``ATTACKS``."""
         if name == "white_box":
             return WhiteBox(self.steps)
-        decoder = LearnedDecoder(
-            "mlp" if name.endswith("mlp") else "convolution", self.epochs, self.width, device=compute
-        )
+        decoder = self.decoder("mlp" if name.endswith("mlp") else "convolution", compute)
         return Averaging(decoder, self.sends) if name.startswith("averaging_") else decoder
 
 
@@ -48,15 +59,16 @@ class DataOptions:
     """A data file and how it is used.
 
     Attributes:
-        file: .npz as ``load_dataset`` reads it, or one of its names.
-        foe: the foe's share of the training samples.
+        file: .npz with ``x_train``, ``y_train``, ``x_test``, ``y_test``, as ``load_dataset`` reads it.
+        foe: the foe's share of the training samples, above 0 and below 1.
         rest: None, or the class that all others are told from: labels become 0 (this class) and 1 (any other).
-        signal: samples are signals.
-        group: name of the array in the file that says which patient or record a training sample is of, or None.
+        signal: samples are signals, also where the file does not say so.
+        group: name of the array in the file that says which patient or record a training sample is of; None:
+            ``group_train``, if the file has it.
         merge: names of the arrays of further training samples and of their labels, a validation set for instance.
-        rounds, batch: of training on devices.
-        guide: share of the device's training samples that the guide is fitted on where a profile has one; the device
-            trains on the others.
+        rounds, batch: of training on devices, at least 1.
+        guide: share, above 0 and below 1, of the device's training samples that the guide is fitted on where a profile
+            has one; the device trains on the others.
         shift: augmentation on the device.
         seeds: in place of a stage's, or None.
     """
@@ -73,6 +85,15 @@ class DataOptions:
     shift: int = 0
     seeds: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, share in (("foe", self.foe), ("guide", self.guide)):
+            if not 0 < share < 1:
+                raise ConfigError(f"{name} is {share:g}: choose a share above 0 and below 1")
+        _at_least(1, rounds=self.rounds, batch=self.batch, seeds=1 if self.seeds is None else self.seeds)
+        _at_least(0, shift=self.shift, rest=self.rest or 0)
+        if len(self.merge) % 2:
+            raise ConfigError("merge names pairs of arrays, samples and their labels: give an even number")
+
 
 @dataclass(frozen=True)
 class ProfileOptions:
@@ -88,6 +109,17 @@ class ProfileOptions:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     noise: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise ConfigError(f"there is no profile {self.profile!r}: use one of {', '.join(PROFILES)}")
+        if self.noise is not None and not (math.isfinite(self.noise) and self.noise >= 0):
+            raise ConfigError(f"noise is {self.noise:g}: give a number of at least 0")
+        if "compute" in self.recipe:
+            raise ConfigError("where a recipe trains is no part of a plan: use --compute")
+        if self.recipe and not PROFILES[self.profile].frozen:
+            raise ConfigError(f"devices train the front of {self.profile!r}: a recipe is for one that is trained here")
+        _options(Recipe, self.recipe, "recipe")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -102,6 +134,11 @@ class Stage:
     data: tuple[str, ...]
     attacks: tuple[str, ...]
     seeds: int = 3
+
+    def __post_init__(self) -> None:
+        _at_least(1, seeds=self.seeds)
+        if not (self.profiles and self.data and self.attacks):
+            raise ConfigError("nothing to do: name at least one of profiles, data and attacks each")
 
 
 @dataclass(frozen=True)
@@ -132,19 +169,26 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} is not TOML: {exc}") from exc
+    try:
+        return _plan(text, path.parent)
+    except PsglError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+
+
+def _plan(text: Mapping[str, Any], folder: Path) -> Plan:
     known = {"data", "profile", "stage", "attack"}
-    if not set(text) <= known:
-        raise ConfigError(
-            f"{path}: {sorted(set(text) - known)[0]!r} is no part of a plan: use {', '.join(sorted(known))}"
-        )
-    data = {name: _options(DataOptions, part, f"data.{name}") for name, part in text.get("data", {}).items()}
-    data = {name: replace(each, file=path.parent / each.file) for name, each in data.items()}
+    unknown = sorted(set(text) - known)
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no part of a plan: use {', '.join(sorted(known))}")
+    data = {name: _options(DataOptions, part, f"data.{name}") for name, part in _tables(text, "data").items()}
+    data = {name: replace(each, file=folder / each.file) for name, each in data.items()}
     profiles = {name: ProfileOptions(name) for name in PROFILES}
-    for name, part in text.get("profile", {}).items():
+    for name, part in _tables(text, "profile").items():
         profiles[name] = _options(ProfileOptions, {"profile": name, **part}, f"profile.{name}")
-        if profiles[name].profile not in PROFILES:
-            raise ConfigError(f"{path}: profile.{name} is of no profile: use one of {', '.join(PROFILES)}")
-    stages = tuple(_options(Stage, part, f"stage {n}") for n, part in enumerate(text.get("stage", []), start=1))
+    written = text.get("stage")
+    if not isinstance(written, list) or not written:
+        raise ConfigError("there is no [[stage]]: name profiles, data and attacks in at least one")
+    stages = tuple(_options(Stage, part, f"stage {number}") for number, part in enumerate(written, start=1))
     for number, stage in enumerate(stages, start=1):
         for kind, names, there in (
             ("data", stage.data, data),
@@ -153,33 +197,53 @@ def read_plan(path: Path) -> Plan:
         ):
             for name in names:
                 if name not in there:
-                    raise ConfigError(f"{path}: stage {number} names {kind} {name!r}: there are {', '.join(there)}")
-    if not stages:
-        raise ConfigError(f"{path} has no [[stage]]: name profiles, data and attacks in at least one")
+                    raise ConfigError(f"stage {number} names {kind} {name!r}: there are {', '.join(there) or 'none'}")
     return Plan(data, profiles, stages, _options(AttackOptions, text.get("attack", {}), "attack"))
 
 
+def _tables(text: Mapping[str, Any], kind: str) -> Mapping[str, Mapping[str, Any]]:
+    """``[kind.name]`` of a plan, by name; names become folders."""
+    tables = text.get(kind, {})
+    if not isinstance(tables, dict) or not all(isinstance(part, dict) for part in tables.values()):
+        raise ConfigError(f"{kind} holds no tables: write [{kind}.NAME], and what it is below")
+    for name in tables:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{kind} {name!r} cannot be named so: use letters, digits, - and _")
+    return tables
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name} is {value}: give at least {least}")
+
+
 def _options(kind: type[Any], part: Any, place: str) -> Any:
-    """A dataclass out of a table, each value of the type that its default or annotation has."""
-    if not isinstance(part, dict):
-        raise ConfigError(f"{place} of the plan is no table")
-    names = {each.name: each for each in fields(kind)}
-    wrong = sorted(set(part) - set(names))
+    """A dataclass out of a table, each value of the type that its annotation says."""
+    if not isinstance(part, Mapping):
+        raise ConfigError(f"{place} is no table")
+    types = {each.name: str(each.type) for each in fields(kind)}
+    wrong = sorted(set(part) - set(types))
     if wrong:
-        raise ConfigError(f"{place} of the plan has no {wrong[0]!r}: it has {', '.join(names)}")
-    given = {}
-    for name, value in part.items():
-        expected = str(names[name].type)
-        if isinstance(value, list) and expected.startswith("tuple") and all(isinstance(each, str) for each in value):
-            value = tuple(value)
-        elif expected == "Path" and isinstance(value, str):
-            value = Path(value)
-        elif expected.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        elif expected.split()[0] not in (type(value).__name__, "Mapping[str,"):
-            raise ConfigError(f"{place}.{name} of the plan is {value!r}: it must be {expected}")
-        given[name] = value
+        raise ConfigError(f"{place} has no {wrong[0]!r}: it has {', '.join(types)}")
     try:
-        return kind(**given)
+        return kind(**{name: _value(value, types[name], f"{place}.{name}") for name, value in part.items()})
     except TypeError as exc:
-        raise ConfigError(f"{place} of the plan is incomplete: {exc}") from exc
+        missing = ", ".join(name for name in types if f"'{name}'" in str(exc))
+        raise ConfigError(f"{place} is incomplete: give {missing}") from exc
+    except PsglError as exc:
+        raise ConfigError(f"{place}: {exc}") from exc
+
+
+def _value(value: Any, expected: str, name: str) -> Any:
+    if expected.startswith("tuple") and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    if expected == "Path" and isinstance(value, str):
+        return Path(value)
+    if expected.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected.startswith("Mapping") and isinstance(value, dict):
+        return value
+    if expected.split()[0] != type(value).__name__:
+        raise ConfigError(f"{name} is {value!r}: it must be {expected}")
+    return value

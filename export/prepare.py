@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from edge_sdk.batch import Samples
-from export.build import BuildOptions, model_of, prepare_guide
+from export.build import BuildOptions, model_of, prepare_guide, profile_of
+from export.errors import ExportError
 from export.harden import Progress, Recipe, recipe_for, train_network
 from server_sdk.reference.guide import Guide
-from server_sdk.reference.profiles import PROFILES
 
 __all__ = ["Prepared", "prepare", "recipe_of", "train_undefended"]
 
@@ -45,17 +45,19 @@ def prepare(
     Args:
         samples: that no device perturbs, for a guide must never see what it perturbs; for a frozen front, what it is
             trained on.
-        recipe: of the training; None: ``recipe_of`` these options.
+        recipe: of the training, but for ``downsample``, which is the options'; None: ``recipe_of`` these options.
         guide_epochs: passes of the guide over the samples.
 
     Raises:
         ExportError, ModelError, BatchError: options, network or samples that cannot be used.
     """
+    profile = profile_of(options.profile)
     model = model_of(options)
-    profile = PROFILES[options.profile]
     frozen = profile.frozen if options.frozen is None else options.frozen
+    if frozen and profile.perturbation is not None:
+        raise ExportError(f"a front of profile {options.profile!r} is not trained here: leave it to devices")
     if frozen:
-        recipe = recipe_of(options) if recipe is None else recipe
+        recipe = replace(recipe_of(options) if recipe is None else recipe, downsample=options.downsample)
         network = train_network(
             samples,
             model,
@@ -92,9 +94,10 @@ def recipe_of(options: BuildOptions) -> Recipe:
     Raises:
         ExportError: an unknown profile.
     """
-    model_of(options)
-    profile = PROFILES[options.profile]
-    recipe = replace(recipe_for(options.input_shape, len(options.classes)), defence=profile.defence)
+    profile = profile_of(options.profile)
+    recipe = replace(
+        recipe_for(options.input_shape, len(options.classes)), defence=profile.defence, downsample=options.downsample
+    )
     if profile.defence != "bottleneck":
         strength = _STRENGTHS.get(profile.defence, 0.0)
         recipe = replace(recipe, noise=profile.noise, strength=strength, spread=None, teacher=0.0, learning_rate=2e-3)
@@ -112,7 +115,15 @@ def train_undefended(
     Raises:
         ExportError, ModelError, BatchError: as ``prepare``.
     """
-    plain = replace(recipe, defence="none", noise=0.0, spread=None, teacher=0.0, learning_rate=2e-3)
+    plain = replace(
+        recipe,
+        defence="none",
+        noise=0.0,
+        spread=None,
+        teacher=0.0,
+        learning_rate=2e-3,
+        downsample=options.downsample,
+    )
     return train_network(
         samples,
         model_of(replace(options, profile="vanilla", model=None)),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,9 +22,11 @@ from edge_sdk.errors import PsglError
 from export.plan import Plan, Stage
 from export.unit import Unit
 
-__all__ = ["Found", "Gap", "collect", "figures_of", "gaps", "sweep", "units_of"]
+__all__ = ["Collection", "Found", "Gap", "collect", "figures_of", "gaps", "sweep", "units_of"]
 
 Say = Callable[[str], None]
+Results = Generator[tuple[Unit, str | None]]
+_GRACE_S = 5.0  # for a process to end what it started
 Found = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """By (data, profile): a cell of each seed that was found, as ``Unit.cell`` gives it."""
 
@@ -39,57 +46,118 @@ class Gap:
     why: str = "not yet"
 
 
-def sweep(plan: Plan, folder: Path, *, compute: str, jobs: int, say: Say) -> dict[str, str]:
+def sweep(plan: Plan, folder: Path, *, compute: str, jobs: int, say: Say, note: Say) -> dict[str, str]:
     """Make every cell that is missing, stage after stage.
 
-    A unit that fails does not stop the others.
+    A unit that fails does not stop the others. An exception, Ctrl-C among them, ends every process; what was found
+    stays.
 
     Args:
-        folder: where cells are kept.
+        folder: where cells are kept; one sweep at a time works there.
         compute: ``cpu`` or ``cuda``.
         jobs: processes that work side by side, each with its share of the cores.
-        say: called with one line of progress at a time.
+        say: called with what is under way, one line that replaces the last.
+        note: called with what is over, one line at a time.
 
     Returns:
         Why units failed, by their names.
+
+    Raises:
+        BatchError: a data file of the plan is missing.
     """
     failures: dict[str, str] = {}
     for number, stage in enumerate(plan.stages, start=1):
-        left = [unit for unit in units_of(plan, stage, folder, compute) if not all(map(unit.has, stage.attacks))]
+        left = [unit for unit in units_of(plan, stage, folder, compute) if unit.missing(stage.attacks)]
         if not left:
             continue
-        say(f"stage {number} of {len(plan.stages)}: {len(left)} units")
-        if jobs == 1:
-            for unit in left:
-                failed = _work(unit, stage.attacks, say)
+        note(f"stage {number} of {len(plan.stages)}: {len(left)} units")
+        results = _in_turn(left, stage.attacks, say) if jobs == 1 else _side_by_side(left, stage.attacks, jobs)
+        with closing(results):
+            for unit, failed in results:
                 failures |= {} if failed is None else {unit.name: failed}
-                say(f"{unit.name}: {failed or 'done'}")
-            continue
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-            running = {pool.submit(_work, unit, stage.attacks, _silent): unit for unit in left}
-            try:
-                for done in concurrent.futures.as_completed(running):
-                    failed = done.result()
-                    failures |= {} if failed is None else {running[done].name: failed}
-                    say(f"{running[done].name}: {failed or 'done'}")
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                note(f"{unit.name}: {'done' if failed is None else f'failed: {failed}'}")
     return failures
+
+
+def _in_turn(units: Sequence[Unit], attacks: Sequence[str], say: Say) -> Results:
+    for unit in units:
+        say(unit.name)
+        yield unit, _work(unit, attacks, say)
+
+
+def _side_by_side(units: Sequence[Unit], attacks: Sequence[str], jobs: int) -> Results:
+    """A process for each unit, so that one that is killed takes no other along."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    waiting = list(reversed(units))
+    running: dict[Connection, tuple[SpawnProcess, Unit]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                unit = waiting.pop()
+                mine, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_serve, args=(theirs, unit, attacks, threads), daemon=True)
+                running[mine] = process, unit
+                process.start()
+                theirs.close()
+            for mine in cast(list[Connection], wait(list(running))):
+                process, unit = running[mine]
+                yield unit, _result(mine, process)
+                del running[mine]
+    finally:
+        started = [process for process, _ in running.values() if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(_GRACE_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _result(mine: Connection, process: SpawnProcess) -> str | None:
+    try:
+        failed: str | None = mine.recv()
+    except EOFError:
+        process.join()
+        return (
+            f"its process was killed (exit code {process.exitcode}), perhaps for want of memory: run again, or with "
+            "fewer --jobs"
+        )
+    finally:
+        mine.close()
+    process.join()
+    return failed
+
+
+def _serve(theirs: Connection, unit: Unit, attacks: Sequence[str], threads: int) -> None:
+    """In a process of its own: SIGTERM, and the end of the parent, end it with all that it started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's, which sends SIGTERM
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    theirs.send(_work(unit, attacks, _silent))
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _silent(line: str) -> None:
     """Progress of a process that has no terminal of its own."""
 
 
-def _work(unit: Unit, attacks: tuple[str, ...], say: Say) -> str | None:
+def _work(unit: Unit, attacks: Sequence[str], say: Say) -> str | None:
     """Why the unit failed, or None."""
     try:
         unit.run(attacks, say)
     except PsglError as exc:
         return " ".join(str(exc).split())
+    except Exception as exc:  # the boundary of a unit: days of others must not end with it
+        return f"unexpected {type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
     return None
 
 
@@ -103,35 +171,58 @@ def units_of(plan: Plan, stage: Stage, folder: Path, compute: str = "cpu") -> It
 
 
 def gaps(plan: Plan, folder: Path, failures: Mapping[str, str]) -> list[Gap]:
-    """Which cells of the plan are missing, and why."""
+    """Which cells of the plan are missing, and why.
+
+    Args:
+        failures: by the unit's name: from ``sweep``, and what ``collect`` could not read.
+    """
     missing = []
     for stage in plan.stages:
         for unit in units_of(plan, stage, folder):
-            missing += [
-                Gap(unit.name, attack, failures.get(unit.name, "not yet"))
-                for attack in stage.attacks
-                if not unit.has(attack)
-            ]
+            why = failures.get(unit.name, "not yet")
+            missing += [Gap(unit.name, attack, why) for attack in stage.attacks if not unit.has(attack)]
     return list(dict.fromkeys(missing))
 
 
-def collect(plan: Plan, folder: Path) -> tuple[Found, dict[tuple[str, str], Unit]]:
-    """What was found so far, and of each (data, profile) the unit of the first seed."""
-    attacks: dict[str, Unit] = {}
-    named: dict[str, list[str]] = {}
+@dataclass
+class Collection:
+    """What was found so far.
+
+    Attributes:
+        found: the cells.
+        first: of each (data, profile) the unit of the first seed that was found.
+        broken: why units whose cells are there cannot be read, by their names.
+    """
+
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = field(default_factory=dict)
+    first: dict[tuple[str, str], Unit] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def collect(plan: Plan, folder: Path) -> Collection:
+    """Read every cell of the plan that is there.
+
+    Raises:
+        BatchError: a data file of the plan is missing.
+    """
+    units: dict[str, Unit] = {}
+    attacks: dict[str, dict[str, None]] = {}
     for stage in plan.stages:
         for unit in units_of(plan, stage, folder):
-            attacks.setdefault(unit.name, unit)
-            named.setdefault(unit.name, []).extend(name for name in stage.attacks if unit.has(name))
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    first: dict[tuple[str, str], Unit] = {}
-    for name, unit in attacks.items():
-        cell = unit.cell(tuple(dict.fromkeys(named[name]))) if named[name] else None
+            units.setdefault(unit.name, unit)
+            attacks.setdefault(unit.name, {}).update(dict.fromkeys(stage.attacks))
+    all_found = Collection()
+    for name, unit in units.items():
+        try:
+            cell = unit.cell(tuple(attacks[name]))
+        except PsglError as exc:
+            all_found.broken[name] = " ".join(str(exc).split())
+            continue
         if cell is not None:
             key = unit.data[0], unit.profile[0]
-            found.setdefault(key, []).append(cell)
-            first.setdefault(key, unit)
-    return found, first
+            all_found.found.setdefault(key, []).append(cell)
+            all_found.first.setdefault(key, unit)
+    return all_found
 
 
 def figures_of(found: Found, undefended: str = "vanilla") -> dict[str, float]:

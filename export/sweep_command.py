@@ -16,9 +16,10 @@ from edge_sdk.console import add_debug, require
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from export.plan import Plan
-    from export.sweep import Found
-    from export.unit import Unit
+    from export.sweep import Collection, Found
 
 __all__ = ["EXAMPLES", "add_sweep", "sweep_command"]
 
@@ -55,15 +56,17 @@ def add_sweep(commands: Any) -> None:
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:
-    """Run the subcommand; returns the exit code: 0 when no cell is missing, else 1."""
+    """Run the subcommand; returns the exit code: 0 when every cell is there and can be read, else 1."""
     require("export", "torch", "onnx", "onnxscript", "rich", "torchmetrics", "jinja2", "PIL")
     if arguments.jobs < 1:
         raise ConfigError("--jobs must be at least 1")
     import torch
     from rich.console import Console
+    from rich.markup import escape
 
     from export.plan import read_plan
     from export.sweep import collect, figures_of, gaps, sweep
+    from server_sdk.audit.report import write
 
     if arguments.compute == "cuda" and not torch.cuda.is_available():
         raise ConfigError("this torch sees no CUDA device: use --compute cpu or install a CUDA build of torch")
@@ -73,30 +76,43 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     if not arguments.status:
         with console.status("beginning") as shown:
 
-            def say(line: str) -> None:
-                if line.endswith(": done") or line.startswith("stage "):
-                    console.print(f"{datetime.now():%H:%M:%S} {line}", highlight=False)
-                shown.update(line)
+            def note(line: str) -> None:
+                _print(console, f"{datetime.now():%H:%M:%S} {line}")
 
-            failures = sweep(plan, arguments.out, compute=arguments.compute, jobs=arguments.jobs, say=say)
-    found, first = collect(plan, arguments.out)
+            failures = sweep(
+                plan,
+                arguments.out,
+                compute=arguments.compute,
+                jobs=arguments.jobs,
+                say=lambda line: shown.update(escape(line)),
+                note=note,
+            )
+    collection = collect(plan, arguments.out)
+    found, broken = collection.found, collection.broken
     figures = figures_of(found)
-    missing = gaps(plan, arguments.out, failures)
+    missing = gaps(plan, arguments.out, failures | broken)
     _table(found, figures, Console())
-    _pages(plan, arguments.out, found, first)
     for gap in missing[:_SHOWN_GAPS]:
-        console.print(f"missing: {gap.unit}, {gap.attack}: {gap.why}", highlight=False)
+        _print(console, f"missing: {gap.unit}, {gap.attack}: {gap.why}")
     if len(missing) > _SHOWN_GAPS:
-        console.print(f"and {len(missing) - _SHOWN_GAPS} more cells are missing", highlight=False)
+        _print(console, f"and {len(missing) - _SHOWN_GAPS} more cells are missing")
+    for name, why in broken.items():
+        _print(console, f"cannot be read: {name}: {why}")
+    versions = {cell["code"] for cells in found.values() for cell in cells}
+    if len(versions) > 1:
+        _print(console, f"note: {len(versions)} versions of the code found these cells; their samples name them")
     report = _report(found, figures, arguments)
     if arguments.figures is not None:
-        try:
-            arguments.figures.write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as exc:
-            raise ConfigError(f"{arguments.figures} cannot be written: {exc.strerror or exc}") from exc
+        write(arguments.figures, report)
+    _pages(plan, arguments.out, collection)
     if arguments.json:
         print(json.dumps(report))
-    return 1 if missing else 0
+    return 1 if missing or broken else 0
+
+
+def _print(console: Console, line: str) -> None:
+    """As it is: brackets in a file's name or an error are no markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _report(found: Found, figures: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +144,7 @@ def _report(found: Found, figures: dict[str, float], arguments: argparse.Namespa
     }
 
 
-def _table(found: Found, figures: dict[str, float], console: Any) -> None:
+def _table(found: Found, figures: dict[str, float], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
@@ -157,7 +173,7 @@ def _table(found: Found, figures: dict[str, float], console: Any) -> None:
     console.print(table)
 
 
-def _pages(plan: Plan, folder: Path, found: Found, first: dict[tuple[str, str], Unit]) -> None:
+def _pages(plan: Plan, folder: Path, collection: Collection) -> None:
     """One page for each data set: the last profile of the plan's first stage is the audited one."""
     from edge_sdk.batch import as_batch
     from edge_sdk.bundle import load_bundle
@@ -165,6 +181,7 @@ def _pages(plan: Plan, folder: Path, found: Found, first: dict[tuple[str, str], 
     from server_sdk.audit.report import compose
 
     audited = plan.stages[0].profiles[-1]
+    found, first = collection.found, collection.first
     for data in plan.data:
         here = [profile for name, profile in found if name == data]
         if not here:

@@ -5,7 +5,6 @@ A quick look by the device's own graphs; ``psgl-server audit`` is the judge.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +15,15 @@ from torch import nn
 from edge_sdk.batch import Samples, as_batch
 from export.errors import ExportError
 from server_sdk.audit.attacks import Knowledge, LearnedDecoder
+from server_sdk.audit.finding import payload_per_sample
 from server_sdk.audit.metrics import likeness
 from server_sdk.audit.trial import shipped
 from server_sdk.reference.perturbation import front_input
 
-__all__ = ["TradeOff", "weigh"]
+__all__ = ["LEAST_HELD_OUT", "TradeOff", "weigh"]
 
-_LEAST = 8
+LEAST_HELD_OUT = 8
+"""With fewer samples nothing can be measured."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def weigh(
 
     Args:
         bundle: of a front and a back that are trained, the back's weights beside it.
-        held_out: at least 8 samples that they have not seen.
+        held_out: at least ``LEAST_HELD_OUT`` samples that they have not seen.
         undefended: a whole network to compare with; it takes what ``front_input`` gives.
         downsample: of that network.
         epochs: of the decoder.
@@ -80,8 +81,10 @@ def weigh(
         ExportError: too few samples.
         BundleError, BatchError, ServerError: a bundle or samples that cannot be used.
     """
-    if len(held_out) < _LEAST:
-        raise ExportError(f"{len(held_out)} held-out samples are too few to measure anything: give at least {_LEAST}")
+    if len(held_out) < LEAST_HELD_OUT:
+        raise ExportError(
+            f"{len(held_out)} held-out samples are too few to measure anything: give at least {LEAST_HELD_OUT}"
+        )
     trained = shipped(bundle, seed=seed, decisions=len(held_out))
     manifest = trained.victim.bundle.manifest
     x = as_batch(held_out.x, manifest.input_shape, max_batch=len(held_out), input_range=manifest.input_range)
@@ -94,7 +97,6 @@ def weigh(
     shown = decoder.rebuild(Knowledge(x[theirs], known), seen, seed=seed)
     least, most = likeness(floor, x[mine]), likeness(shown, x[mine])
     images = least.ssim is not None and most.ssim is not None
-    values, packing = math.prod(manifest.cut_shape), manifest.packing
     beside = None
     if undefended is not None:
         with torch.inference_mode():
@@ -106,7 +108,7 @@ def weigh(
         undefended=beside,
         excess=(most.ssim or 0.0) - (least.ssim or 0.0) if images else most.correlation - least.correlation,
         measure="SSIM" if images else "correlation",
-        bytes_per_sample=2 * values if packing is None else -(-values * packing.bits // 8),
+        bytes_per_sample=payload_per_sample(manifest),
         bits_per_sample=trained.exposure.bits_per_sample,
         victims=len(mine),
     )

@@ -9,24 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.batch import Dataset, load_dataset
-from edge_sdk.errors import BatchError
+from edge_sdk.batch import Dataset, Samples, load_dataset
+from edge_sdk.errors import BatchError, PsglError
 from edge_sdk.version import __version__
 from export.build import BuildOptions, build_bundle, class_names, measured_range
 from export.errors import ExportError
-from export.harden import Recipe
 from export.plan import AttackOptions, DataOptions, ProfileOptions
 from export.prepare import prepare, recipe_of
-from server_sdk.audit.attacks import LearnedDecoder
 from server_sdk.audit.division import Division, divide
 from server_sdk.audit.finding import fields_of, measure
 from server_sdk.audit.outcome import Outcome, Target
@@ -38,11 +38,17 @@ __all__ = ["Unit", "code_version", "read_data"]
 
 Say = Callable[[str], None]
 _KEPT = 256
+_FLOOR = "floor"
 _PACKAGES = ("edge_sdk", "server_sdk", "export")
+_EXTRAS = ("kind", "input_range", "group_train")
 
 
+@cache
 def code_version() -> str:
-    """The version of this SDK and a hash of its sources, by which cells of older code are told apart."""
+    """The version of this SDK and a hash of its sources, by which cells of older code are told apart.
+
+    Read once: a process that runs for days stays with the code that it began with.
+    """
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
     for package in _PACKAGES:
@@ -56,19 +62,21 @@ def read_data(options: DataOptions, folder: Path) -> Dataset:
 
     Raises:
         BatchError: the file lacks an array or cannot be used.
+        ExportError: the disk refuses.
     """
     try:
         with np.load(options.file, allow_pickle=False) as archive:
+            extras = [name for name in _EXTRAS if name in archive.files]
             arrays: dict[str, npt.NDArray[Any]] = {
-                name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test")
+                name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test", *extras)
             }
             for x, y in zip(options.merge[::2], options.merge[1::2], strict=True):
                 arrays["x_train"] = np.concatenate([arrays["x_train"], archive[x]])
                 arrays["y_train"] = np.concatenate([arrays["y_train"], archive[y]])
             if options.group is not None:
                 arrays["group_train"] = archive[options.group]
-    except (OSError, KeyError, ValueError) as exc:
-        raise BatchError(f"{options.file} cannot be used as the plan says: {exc}") from exc
+    except (OSError, KeyError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as exc:
+        raise BatchError(f"{options.file} cannot be used as the plan says: {' '.join(str(exc).split())}") from exc
     if options.rest is not None:
         for name in ("y_train", "y_test"):
             arrays[name] = (arrays[name] != options.rest).astype(np.int64)
@@ -79,11 +87,31 @@ def read_data(options: DataOptions, folder: Path) -> Dataset:
         digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
     path = folder / f"{options.file.stem}-{digest.hexdigest()[:12]}.npz"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-        np.savez(partial, **arrays)  # type: ignore[arg-type]
-        partial.replace(path)
+        with _whole(path) as partial:
+            np.savez(partial, **arrays)  # type: ignore[arg-type]
     return load_dataset(path)
+
+
+_read_once = lru_cache(maxsize=2)(read_data)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to; the file gets its own name once it is whole.
+
+    Raises:
+        ExportError: the disk refuses.
+    """
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as exc:
+        raise ExportError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 @dataclass(frozen=True)
@@ -113,12 +141,17 @@ class Unit:
 
     @cached_property
     def path(self) -> Path:
-        """The unit's own folder; its name holds the hash of all that decides what is found."""
-        data = {
-            **asdict(self.data[1]),
-            "file": hashlib.sha256(self.data[1].file.read_bytes()).hexdigest(),
-            "seeds": None,
-        }
+        """The unit's own folder; its name holds the hash of all that decides what is found but the code.
+
+        Raises:
+            BatchError: the data file cannot be read.
+        """
+        file = self.data[1].file
+        try:
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as exc:
+            raise BatchError(f"the data file {file} cannot be read ({exc.strerror or exc}): put it there") from exc
+        data = {**asdict(self.data[1]), "file": content, "seeds": None}
         own = asdict(self.profile[1])
         settings = PROFILES[self.profile[1].profile]
         told = {
@@ -132,10 +165,15 @@ class Unit:
         return self.folder / self.data[0] / self.profile[0] / f"{self.seed}-{digest}"
 
     def has(self, attack: str) -> bool:
-        """Whether that cell is there."""
-        return self._cell(attack).exists()
+        """Whether that cell is there, whole."""
+        fields = self._read(self._cell(attack))
+        return fields is not None and (not fields["fits"] or self._pictures(attack).exists())
 
-    def run(self, attacks: tuple[str, ...], say: Say) -> None:
+    def missing(self, attacks: Sequence[str]) -> list[str]:
+        """Which of these cells are not there, the floor included."""
+        return [name for name in (_FLOOR, *attacks) if not self.has(name)]
+
+    def run(self, attacks: Sequence[str], say: Say) -> None:
         """Make what is missing: the bundle, the training, the floor, each attack.
 
         Args:
@@ -145,50 +183,70 @@ class Unit:
         Raises:
             ExportError, ServerError, BatchError: the unit cannot be made.
         """
-        missing = [name for name in attacks if not self.has(name)]
+        missing = self.missing(attacks)
         if not missing:
             return
-        division = self._division
-        trained = self._trained(division, say)
-        plain = self.attack.make("decoder_mlp", self.compute)
-        if not isinstance(plain, LearnedDecoder):
-            raise ExportError("the floor needs the mlp decoder")
+        trained = self._trained(say)
+        missing = self.missing(attacks)
 
         def progress(name: str) -> Callable[[int, int, float], None]:
             return lambda done, of, loss: say(f"{self.name}: {name}, {done} of {of}, loss {loss:.4f}")
 
-        target = Target(trained, division, plain, seed=self.seed, progress=progress)
-        if not self.has("floor"):
-            self._keep("floor", target.floor())
+        target = Target(
+            trained, self._division, self.attack.decoder("mlp", self.compute), seed=self.seed, progress=progress
+        )
         for name in missing:
+            if name == _FLOOR:
+                self._keep(name, target.floor())
+                continue
             attack = self.attack.make(name, self.compute)
             self._keep(name, target.against(attack) if target.fits(attack) else None)
 
-    def cell(self, attacks: tuple[str, ...]) -> dict[str, Any] | None:
-        """What was found so far, as ``Finding.as_fields`` has it; None before the first attack."""
-        found = {name: fields for name in attacks if (fields := self._read(name)) is not None}
-        if not any(not fields["supposed"] for fields in found.values()):
+    def cell(self, attacks: Sequence[str]) -> dict[str, Any] | None:
+        """What was found so far, as ``Finding.as_fields`` has it; None before the floor and the first attack.
+
+        Args:
+            attacks: by name; those that are not there or do not fit are left out.
+
+        Raises:
+            ExportError, ServerError, BatchError: what was trained cannot be read.
+        """
+        facts, floor = self._read(self._facts), self._fitting(_FLOOR)
+        found = {name: fields for name in attacks if (fields := self._fitting(name)) is not None}
+        if facts is None or floor is None or all(fields["supposed"] for fields in found.values()):
             return None
-        facts: dict[str, Any] = json.loads((self.path / "unit.json").read_text())
-        floor = self._read("floor")
-        trained = load(self._trial(), self._division)
-        cell = fields_of(self.profile[0], self.seed, trained, facts["protocols"], floor or {}, found)
+        cell = fields_of(self.profile[0], self.seed, self._loaded(), facts["protocols"], floor, found)
         return {**cell, "code": facts["code"], "samples": facts["samples"]}
 
     def arrays(self, worst: str) -> dict[str, npt.NDArray[np.float32]]:
-        """Reconstructions of the first victims, for ``page.rows_of``."""
-        names = {"worst": worst, "floor": "floor"}
-        return {kind: np.load(self.path / f"{name}.npz")["reconstructions"] for kind, name in names.items()}
+        """Reconstructions of the first victims, for ``page.rows_of``.
+
+        Raises:
+            ExportError: a file is missing or damaged.
+        """
+        return {"worst": self._reconstructions(worst), _FLOOR: self._reconstructions(_FLOOR)}
 
     def victims(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """The first victims and their classes."""
         victims = self._division.victims
         return victims.x[:_KEPT], victims.y[:_KEPT]
 
-    @cached_property
+    @property
+    def _dataset(self) -> Dataset:
+        return _read_once(self.data[1], self.folder / "data")
+
+    @property
     def _division(self) -> Division:
-        options = self.data[1]
-        return divide(read_data(options, self.folder / "data"), foe=options.foe, seed=self.seed)
+        return divide(self._dataset, foe=self.data[1].foe, seed=self.seed)
+
+    def _shares(self) -> tuple[Samples, Division]:
+        """What the bundle is made of, and who has which samples then: a guide's are no longer the device's."""
+        division = self._division
+        if PROFILES[self.profile[1].profile].perturbation is None:
+            return division.train, division
+        whole = Dataset(division.train, division.victims, self._dataset.classes)
+        halves = divide(whole, foe=self.data[1].guide, seed=self.seed)
+        return halves.auxiliary, replace(division, train=halves.train)
 
     def _trial(self, protocol: str = "P1") -> Trial:
         name = self.path.name if protocol == "P1" else f"{self.path.name}-p2"
@@ -203,12 +261,19 @@ class Unit:
             options.shift,
         )
 
-    def _trained(self, division: Division, say: Say) -> Trained:
-        facts = self.path / "unit.json"
-        if facts.exists():
-            return load(self._trial(), division)
-        self.path.mkdir(parents=True, exist_ok=True)
-        division = self._bundle(division, say)
+    def _loaded(self) -> Trained:
+        try:
+            return load(self._trial(), self._shares()[1])
+        except PsglError as exc:
+            raise ExportError(f"{exc} (delete {self.path}, and the unit is made again)") from exc
+
+    def _trained(self, say: Say) -> Trained:
+        if self._read(self._facts) is not None:
+            return self._loaded()
+        for stale in self.path.glob("*.json"):
+            stale.unlink()  # what was found of another training
+        mine, division = self._shares()
+        self._bundle(mine, say)
 
         def event(what: dict[str, Any]) -> None:
             if what["event"] == "round" and what["round"] % 20 == 0:
@@ -220,64 +285,67 @@ class Unit:
             if trained.victim.bundle.manifest.normalisation is not None:
                 protocols["P2"] = measure(train(self._trial("P2"), division, broker, on_event=event), division)
         counts = {"train": len(division.train), "foe": len(division.auxiliary), "victims": len(division.victims)}
-        self._write(facts, {"protocols": protocols, "samples": counts, "code": code_version()})
+        self._write(self._facts, {"protocols": protocols, "samples": counts, "code": code_version()})
         return trained
 
-    def _bundle(self, division: Division, say: Say) -> Division:
-        """Make the bundle; returns the division with what is left to the device."""
-        first = division.train
+    def _bundle(self, samples: Samples, say: Say) -> None:
         profile = self.profile[1]
-        classes = int(first.y.max()) + 1
         options = BuildOptions(
             profile.profile,
-            tuple(int(size) for size in first.x.shape[1:]),
-            class_names(classes),
+            tuple(int(size) for size in samples.x.shape[1:]),
+            class_names(self._dataset.classes),
             seed=self.seed,
             noise=profile.noise,
-            input_range=measured_range(first),
+            input_range=self._dataset.input_range or measured_range(self._division.train),
         )
-        settings = PROFILES[profile.profile]
-        mine = first
-        if settings.perturbation is not None:
-            halves = divide(Dataset(first, division.victims, classes), foe=self.data[1].guide, seed=self.seed)
-            first, mine = halves.auxiliary, halves.train
+        recipe = replace(recipe_of(options), compute=self.compute, **profile.recipe)
 
         def progress(stage: str, done: int, of: int, loss: float) -> None:
             say(f"{self.name}: {stage}, {done} of {of}, loss {loss:.4f}")
 
-        made = prepare(first, options, self._recipe(options), progress=progress)
+        made = prepare(samples, options, recipe, progress=progress)
         build_bundle(self.path / "net.psgl", made.options, made.guide, network=made.network)
-        return replace(division, train=mine)
 
-    def _recipe(self, options: BuildOptions) -> Recipe:
-        try:
-            return replace(recipe_of(options), compute=self.compute, **self.profile[1].recipe)
-        except TypeError as exc:
-            raise ExportError(f"the recipe of profile {self.profile[0]!r} in the plan: {exc}") from exc
+    @property
+    def _facts(self) -> Path:
+        """What the training came to; there once it is over."""
+        return self.path / "unit.json"
 
     def _cell(self, name: str) -> Path:
         return self.path / f"{name}.json"
 
+    def _pictures(self, name: str) -> Path:
+        return self.path / f"{name}.npz"
+
     def _keep(self, name: str, outcome: Outcome | None) -> None:
         if outcome is not None:
-            partial = self.path / f"{name}.partial.npz"
-            np.savez_compressed(partial, reconstructions=outcome.reconstructions[:_KEPT])
-            partial.replace(self.path / f"{name}.npz")
+            with _whole(self._pictures(name)) as partial:
+                np.savez_compressed(partial, reconstructions=outcome.reconstructions[:_KEPT])
         fields = {"fits": False} if outcome is None else {"fits": True, **outcome.as_fields()}
         self._write(self._cell(name), {**fields, "code": code_version()})
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _fitting(self, name: str) -> dict[str, Any] | None:
         """A cell's fields; None where it is missing or its attack does not fit."""
-        path = self._cell(name)
-        if not path.exists():
+        fields = self._read(self._cell(name)) if self.has(name) else None
+        return fields if fields is not None and fields.pop("fits") else None
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """A file of this unit; None where it is missing or damaged: then it is made again."""
+        try:
+            fields = json.loads(path.read_text())
+        except (OSError, ValueError):
             return None
-        fields: dict[str, Any] = json.loads(path.read_text())
-        return fields if fields.pop("fits") else None
+        return fields if isinstance(fields, dict) and "code" in fields else None
+
+    def _reconstructions(self, name: str) -> npt.NDArray[np.float32]:
+        path = self._pictures(name)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                made: npt.NDArray[np.float32] = archive["reconstructions"]
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+            raise ExportError(f"{path} is missing or damaged: delete it, and the cell is made again") from exc
+        return made
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
-        partial = path.with_name(path.name + ".partial")
-        try:
+        with _whole(path) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
-            partial.replace(path)
-        except OSError as exc:
-            raise ExportError(f"{path} cannot be written: {exc.strerror or exc}") from exc

@@ -18,7 +18,7 @@ from server_sdk.audit.scores import score
 from server_sdk.audit.trial import Trained, Trial, train
 from server_sdk.broker import EmbeddedBroker
 
-__all__ = ["PROTOCOLS", "Finding", "fields_of", "find", "measure", "standard_attacks"]
+__all__ = ["PROTOCOLS", "Finding", "fields_of", "find", "measure", "payload_per_sample", "standard_attacks"]
 
 PROTOCOLS: Mapping[str, str] = {
     "P1": "perturbed in training and at test",
@@ -75,7 +75,10 @@ def fields_of(
     Args:
         name, seed, trained, protocols: as ``Finding`` has them.
         floor: ``Outcome.as_fields`` of the floor.
-        attacks: ``Outcome.as_fields`` by the attack's name, at least one.
+        attacks: ``Outcome.as_fields`` by the attack's name, at least one that is not supposed.
+
+    Raises:
+        ServerError: none is.
     """
     bundle = trained.victim.bundle
     manifest = bundle.manifest
@@ -97,7 +100,7 @@ def fields_of(
         # because both find the same samples hard.
         "follow_when_wrong_without_perturbation": unperturbed.get("follow_when_wrong"),
         "bytes_per_sample": trained.figures["bytes_per_sample"],
-        "payload_per_sample": _payload(manifest),
+        "payload_per_sample": payload_per_sample(manifest),
         "exposure": trained.exposure.as_fields(),
         "floor": floor,
         "attacks": attacks,
@@ -106,7 +109,7 @@ def fields_of(
     }
 
 
-def _payload(manifest: Manifest) -> int:
+def payload_per_sample(manifest: Manifest) -> int:
     """Bytes of one sample's activations, without labels and envelope; floats travel as float16."""
     values = math.prod(manifest.cut_shape)
     return -(-values * manifest.bits // 8) if manifest.bits else 2 * values

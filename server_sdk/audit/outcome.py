@@ -167,13 +167,20 @@ def worst_of(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def worst_name(attacks: Mapping[str, Mapping[str, Any]]) -> str:
-    """``worst_of`` by ``Outcome.as_fields``: the name of the worst."""
+    """``worst_of`` by ``Outcome.as_fields``: the name of the worst.
+
+    Raises:
+        ServerError: no attack, or supposed ones alone.
+    """
+    real = [name for name, fields in attacks.items() if not fields["supposed"]]
+    if not real:
+        raise ServerError("there is no attack on what the device really sends: add a decoder")
 
     def shown(name: str) -> float:
         excess = attacks[name]["excess"]
         return float(excess["correlation"] if excess["ssim"] is None else excess["ssim"])
 
-    return max((name for name, fields in attacks.items() if not fields["supposed"]), key=shown)
+    return max(real, key=shown)
 
 
 def _floats(x: npt.NDArray[Any], manifest: Manifest) -> Array:
