@@ -107,7 +107,7 @@ def results(names: tuple[str, ...], folder: Path, jobs: int) -> Iterator[tuple[U
 def test_a_unit_that_fails_stops_no_other(jobs: int, tmp_path: Path) -> None:
     names = ("refused", "broken", *(["killed"] * (jobs > 1)), "fine")
     found = {unit.name: why for unit, why in results(names, tmp_path, jobs)}
-    assert (found["refused"], found["fine"]) == ("no luck", None)
+    assert (found["refused"], found["fine"]) == ("no luck", None), found
     assert found["broken"] == "unexpected MemoryError: too large"
     assert (tmp_path / "fine").exists()
     if jobs > 1:
