@@ -52,6 +52,8 @@ def make_finding(
         classes=tuple(map(str, range(classes))),
         normalisation="sign" if guide else None,
         frozen=frozen,
+        cut_shape=(32,),
+        bits=0,
     )
     trained = SimpleNamespace(
         victim=SimpleNamespace(bundle=SimpleNamespace(id=f"{profile}-{name}", manifest=manifest)),
