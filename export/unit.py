@@ -25,6 +25,7 @@ from edge_sdk.errors import BatchError, PsglError
 from edge_sdk.version import __version__
 from export.build import BuildOptions, build_bundle, class_names, measured_range
 from export.errors import ExportError
+from export.harden import Recipe
 from export.plan import AttackOptions, DataOptions, ProfileOptions
 from export.prepare import prepare, recipe_of
 from server_sdk.audit.division import Division, divide
@@ -153,11 +154,13 @@ class Unit:
             raise BatchError(f"the data file {file} cannot be read ({exc.strerror or exc}): put it there") from exc
         data = {**asdict(self.data[1]), "file": content, "seeds": None}
         own = asdict(self.profile[1])
-        settings = PROFILES[self.profile[1].profile]
+        settings = asdict(PROFILES[self.profile[1].profile])
+        del settings["about"]
         told = {
             "data": data,
             "profile": {**own, "recipe": dict(own["recipe"])},
-            "settings": repr(settings),
+            "settings": settings,
+            "recipe": {**asdict(self._recipe()), "compute": None} if settings["frozen"] else None,
             "attack": asdict(self.attack),
             "seed": self.seed,
         }
@@ -288,22 +291,26 @@ class Unit:
         self._write(self._facts, {"protocols": protocols, "samples": counts, "code": code_version()})
         return trained
 
-    def _bundle(self, samples: Samples, say: Say) -> None:
-        profile = self.profile[1]
-        options = BuildOptions(
-            profile.profile,
-            tuple(int(size) for size in samples.x.shape[1:]),
+    def _options(self) -> BuildOptions:
+        return BuildOptions(
+            self.profile[1].profile,
+            self._dataset.input_shape,
             class_names(self._dataset.classes),
             seed=self.seed,
-            noise=profile.noise,
-            input_range=self._dataset.input_range or measured_range(self._division.train),
+            noise=self.profile[1].noise,
         )
-        recipe = replace(recipe_of(options), compute=self.compute, **profile.recipe)
+
+    def _recipe(self) -> Recipe:
+        return replace(recipe_of(self._options()), compute=self.compute, **self.profile[1].recipe)
+
+    def _bundle(self, samples: Samples, say: Say) -> None:
+        measured = self._dataset.input_range or measured_range(self._division.train)
+        options = replace(self._options(), input_range=measured)
 
         def progress(stage: str, done: int, of: int, loss: float) -> None:
             say(f"{self.name}: {stage}, {done} of {of}, loss {loss:.4f}")
 
-        made = prepare(samples, options, recipe, progress=progress)
+        made = prepare(samples, options, self._recipe(), progress=progress)
         build_bundle(self.path / "net.psgl", made.options, made.guide, network=made.network)
 
     @property

@@ -277,3 +277,32 @@ def test_a_device_need_not_have_every_class_of_its_bundle(tmp_path: Path) -> Non
         load_dataset(path, classes=3)
     np.savez(path, x_train=x, y_train=np.full(6, 2), x_test=x, y_test=np.full(6, 2))
     assert load_dataset(path, classes=3).classes == 3
+
+
+def test_groups_are_read_kept_and_taken_along(tmp_path: Path) -> None:
+    groups = np.array([7, 7, -1, 3], np.int16)
+    path = write(
+        tmp_path / "grouped.npz",
+        **arrays(x_train=np.zeros((4, 8, 8), np.uint8), y_train=[0, 1, 0, 1]),
+        group_train=groups,
+    )
+    train = load_dataset(path).train
+    assert train.groups is not None and train.groups.dtype == np.int64 and train.groups.tolist() == [7, 7, -1, 3]
+    taken = train.take(np.array([3, 0])).groups
+    assert taken is not None and taken.tolist() == [3, 7]
+    save_dataset(tmp_path / "again.npz", train, load_dataset(path).test)
+    again = load_dataset(tmp_path / "again.npz").train.groups
+    assert again is not None and again.tolist() == [7, 7, -1, 3]
+    (batch, *_) = itertools.islice(batches(train, 4, seed=0, device="d", shift=1), 1)
+    assert batch.groups is not None and sorted(batch.groups) == [-1, 3, 7, 7]
+
+
+@pytest.mark.parametrize("groups", [np.zeros(3, int), np.zeros((4, 1), int), np.zeros(4), np.array(["a"] * 4)])
+def test_groups_that_are_none_are_refused(tmp_path: Path, groups: np.ndarray[Any, Any]) -> None:
+    path = write(
+        tmp_path / "grouped.npz",
+        **arrays(x_train=np.zeros((4, 8, 8), np.uint8), y_train=[0, 1, 0, 1]),
+        group_train=groups,
+    )
+    with pytest.raises(BatchError, match=r"group_train is .*: write one integer for each of the 4 training samples"):
+        load_dataset(path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,3 +35,30 @@ def test_the_seed_decides(dataset: Dataset) -> None:
 def test_a_share_that_leaves_one_side_without_samples(dataset: Dataset, foe: float) -> None:
     with pytest.raises(ServerError, match=r"share|too few"):
         divide(dataset, foe=foe, seed=0)
+
+
+def grouped(dataset: Dataset, groups: np.ndarray) -> Dataset:
+    return replace(dataset, train=replace(dataset.train, groups=groups))
+
+
+@pytest.mark.parametrize("foe", [0.2, 0.5, 0.8])
+def test_groups_stay_together_and_come_as_close_to_the_share_as_they_can(dataset: Dataset, foe: float) -> None:
+    groups = np.random.default_rng(0).integers(100, 110, 90)
+    division = divide(grouped(dataset, groups), foe=foe, seed=0)
+    mine, theirs = division.train.groups, division.auxiliary.groups
+    assert mine is not None and theirs is not None and not set(mine) & set(theirs)
+    assert len(mine) + len(theirs) == 90 and division.victims is dataset.test
+    largest = np.bincount(groups).max()
+    assert abs(len(theirs) - foe * 90) <= largest / 2, "one group more or less would be no closer"
+
+
+def test_the_seed_decides_which_groups(dataset: Dataset) -> None:
+    whole = grouped(dataset, np.arange(90) // 6)
+    first, again, other = (divide(whole, foe=0.4, seed=seed).auxiliary.groups for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("groups", [np.zeros(90, np.int64), np.arange(90) % 3])
+def test_groups_that_leave_one_side_without_a_class(dataset: Dataset, groups: np.ndarray) -> None:
+    with pytest.raises(ServerError, match=r"groups have [01] samples of class \d: choose another share or seed"):
+        divide(grouped(dataset, groups), foe=0.4, seed=0)
