@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
-    short = ("--rounds", "24", "--batch", "8", "--shift", "0")
+    short = ("--rounds", "24", "--batch", "8", "--shift", "0", "--front-steps", "150")
     return [
         sys.executable,
         "-m",
