@@ -136,6 +136,12 @@ def _demo(arguments: argparse.Namespace) -> int:
                 perturb_towards=arguments.perturb_towards,
             )
             recipe = recipe_within(options, arguments.front_steps) if profile == "hardened" else None
+            if recipe is not None:
+                console.print(
+                    f"hardened: training the front on the guide's {len(division.guide):,} samples, "
+                    f"{recipe.steps:,} steps of {recipe.batch}",
+                    highlight=False,
+                )
             with console.status(_PREPARING[profile]) as status:
 
                 def report(stage: str, done: int, of: int, loss: float, status: Status = status) -> None:
@@ -151,11 +157,11 @@ def _demo(arguments: argparse.Namespace) -> int:
                 for event in run_fleet(_fleet(arguments, built.bundle, batch, shape), broker, runs[profile]):
                     display.show(event)
             ends.append(time.monotonic())
-    auxiliary, shard = division.guide, division.shards[0]
+    shard = division.shards[0]
     with console.status("a foe learns to rebuild what the first device sends") as status:
         rebuilt = attack(
             [out / profile for profile in _PROFILES],
-            auxiliary,
+            division.guide,
             shard,
             rounds=arguments.rounds,
             batch=batch,

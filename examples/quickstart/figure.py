@@ -30,7 +30,7 @@ _INK = "#1d2433"
 _SOFT = "#8a94a6"
 _COLOURS = {"attacked": "#e0777d", "recovered": "#4c9f9f", "fused": "#e9a23b", "hardened": "#7b5ea7"}
 _PAPER = "#fbfaf7"
-_WIDTH, _HEIGHT, _BAND = 14.0, 10.35, 2.15  # inches; the band of what a foe rebuilds is at the bottom
+_WIDTH, _HEIGHT, _BAND = 14.0, 10.0, 1.8  # inches; the band of what a foe rebuilds is at the bottom
 
 
 def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun], rebuilt: Mapping[str, Rebuilt]) -> None:
@@ -113,8 +113,8 @@ def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun], 
     figure.text(
         0.045,
         1 - 0.78 / _HEIGHT,
-        f"Each device attacks its own input before anything leaves it; the server recovers, fuses and decides: "
-        f"{share:.1%} right, without defence {bare:.1%}, hardened {hardened:.1%}.",
+        f"paper: each device attacks its own input before anything leaves it; the server recovers, fuses and decides: "
+        f"{share:.1%} right; vanilla {bare:.1%}, hardened {hardened:.1%}.",
         fontsize=11.5,
         color=_SOFT,
     )
@@ -135,26 +135,27 @@ def _band(
     """The same inputs in one group, and what the foe made of them in one group each, with the SSIM of all victims."""
     headings = {"vanilla": "vanilla", "paper": "paper", "hardened": "hardened", FLOOR: "from the decision alone"}
     victims = len(rebuilt[FLOOR].pictures)
-    figure.text(0.045, (_BAND - 0.25) / _HEIGHT, "what a foe rebuilds from what the first device sends", fontsize=11.5)
+    figure.text(0.045, (_BAND - 0.27) / _HEIGHT, "what a foe rebuilds from what the first device sends", fontsize=11.5)
     figure.text(
         0.975,
-        (_BAND - 0.25) / _HEIGHT,
+        (_BAND - 0.27) / _HEIGHT,
         f"one small learned decoder each, mean SSIM over {victims} test samples; psgl-server audit is the judge",
         fontsize=9.5,
         color=_SOFT,
         ha="right",
     )
+    top = (_BAND - 1.0) / _HEIGHT
     groups = figure.add_gridspec(
-        1, 1 + len(headings), left=0.045, right=0.975, top=(_BAND - 0.95) / _HEIGHT, bottom=0.35 / _HEIGHT, wspace=0.1
+        1, 1 + len(headings), left=0.045, right=0.975, top=top, bottom=top - 0.5 / _HEIGHT, wspace=0.1
     )
-    shown = [("input", "itself", x)]
+    shown = [("input", "", x)]
     shown += [(heading, f"SSIM {rebuilt[name].ssim:.2f}", pictures[name]) for name, heading in headings.items()]
     for number, (heading, about, images) in enumerate(shown):
         tiles = groups[number].subgridspec(1, len(images), wspace=0.06)
-        around = figure.add_subplot(groups[number])
-        around.set_axis_off()
-        around.text(0.5, 1.42, heading, transform=around.transAxes, ha="center", va="bottom", fontsize=10.5)
-        around.text(0.5, 1.1, about, transform=around.transAxes, ha="center", va="bottom", fontsize=9.5, color=_SOFT)
+        place = groups[number].get_position(figure)
+        middle = (place.x0 + place.x1) / 2
+        figure.text(middle, top + 0.33 / _HEIGHT, heading, fontsize=10.5, ha="center")
+        figure.text(middle, top + 0.11 / _HEIGHT, about, fontsize=9.5, color=_SOFT, ha="center")
         for column, image in enumerate(images):
             axes = figure.add_subplot(tiles[column])
             axes.imshow(_image(image), cmap="gray", interpolation="nearest", vmin=0.0, vmax=1.0)

@@ -154,6 +154,7 @@ def _leaks(result: Result) -> Table:
         caption=f"One small decoder each, {result['foe_victims']} test samples of the first device; "
         "psgl-server audit is the judge.",
         caption_justify="left",
+        min_width=75,
     )
     table.add_column("")
     table.add_column("SSIM", justify="right")

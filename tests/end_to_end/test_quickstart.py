@@ -94,6 +94,15 @@ def test_it_leaves_the_promised_figures(finished: tuple[Path, subprocess.Complet
     assert result["fused_accuracy"] > 0.6 and result["vanilla_accuracy"] > 0.6
     assert result["steps"] == 2 * 24 * 3 and result["seconds"] > 0 and result["bytes_per_sample"] > 0
     assert result["broker"] in ("mosquitto", "amqtt")
+    assert result["hardened_accuracy"] > 0.6 and result["hardened_seconds"] > 0
+    assert 2 <= result["hardened_bits_per_sample"] <= 16 * 8
+    assert 16 <= result["hardened_bytes_per_sample"] < result["bytes_per_sample"]
+    assert result["front_samples"] == {"vanilla": 120, "hardened": 30}
+    assert set(result["foe"]) == {"vanilla", "paper", "hardened", "floor"} and result["foe_victims"] == 20
+    for rebuilt in result["foe"].values():
+        assert -1 <= rebuilt["ssim"] <= 1
+        assert rebuilt["excess"] == pytest.approx(rebuilt["ssim"] - result["foe"]["floor"]["ssim"])
+    assert result["foe"]["vanilla"]["ssim"] > 0.5, "an undefended front shows these patterns"
     assert [device["name"] for device in result["devices"]] == ["device-1", "device-2", "device-3"]
     for device in result["devices"]:
         assert device["torch_loaded"] is False and device["steps"] == 48 and 20 < device["peak_rss_mb"] < 120
@@ -108,6 +117,8 @@ def test_it_leaves_the_promised_figures(finished: tuple[Path, subprocess.Complet
         "guide",
         "agreement",
         "follows",
+        "hardened",
+        "psgl-server audit",
         "peak memory",
     ):
         assert words in done.stdout
@@ -123,7 +134,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
 
     def weights(out: Path) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
-        for profile in ("vanilla", "paper"):
+        for profile in ("vanilla", "paper", "hardened"):
             tensors |= {f"{profile}.{k}": v for k, v in load_file(out / profile / "server.safetensors").items()}
             for number in (1, 2, 3):
                 front = unpack_tensors((out / profile / f"device-{number}.front.cbor").read_bytes())
@@ -135,13 +146,26 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     assert all(np.array_equal(value, again[name]) for name, value in ours.items())
     key = "paper.1.p.conv1.weight"
     assert not np.array_equal(ours[key], ours["paper.2.p.conv1.weight"])
+    key = "hardened.1.p.conv1.weight"
+    assert np.array_equal(ours[key], ours["hardened.2.p.conv1.weight"]), "a frozen front is the same everywhere"
+    foes = [json.loads((out / "result.json").read_text())["foe"] for out in (first, tmp_path / "same")]
+    assert foes[0] == foes[1]
 
 
 @pytest.mark.timeout(180)
-def test_ctrl_c_ends_every_process_in_time(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "words", "least"),
+    [
+        pytest.param(("--rounds", "5000"), "round", 6, id="demo, broker, server and three devices run"),
+        pytest.param(("--front-steps", "1000000"), "training the front", 2, id="the demo itself trains"),
+    ],
+)
+def test_ctrl_c_ends_every_process_in_time(
+    options: tuple[str, ...], words: str, least: int, data: Path, tmp_path: Path
+) -> None:
     token = uuid.uuid4().hex
     process = subprocess.Popen(
-        command(data, tmp_path, "--rounds", "5000"),
+        command(data, tmp_path, *options),
         cwd=ROOT,
         env=marked(token),
         stderr=subprocess.PIPE,
@@ -150,9 +174,9 @@ def test_ctrl_c_ends_every_process_in_time(data: Path, tmp_path: Path) -> None:
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if "round" in line:
+        if words in line:
             break
-    assert len(processes(token)) >= 6, "demo, broker, server and three devices run"
+    assert len(processes(token)) >= least
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
     assert "stopped" in process.stderr.read()
