@@ -246,7 +246,7 @@ def _losses(axes: Axes, runs: dict[str, FleetRun]) -> None:
     axes.set_title("training loss", loc="left", fontsize=11.5, pad=9)
     axes.set_xlabel("round")
     _dress(axes)
-    axes.legend(frameon=False, fontsize=9.5, loc="upper right")
+    axes.legend(frameon=False, fontsize=9.5, loc="best")
 
 
 def _dress(axes: Axes) -> None:

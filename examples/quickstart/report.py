@@ -148,11 +148,14 @@ def print_report(console: Console, result: Result, out: Path) -> None:
 
 def _leaks(result: Result) -> Table:
     foe = result["foe"]
+    about = f"One small decoder each, {result['foe_victims']} test samples of the first device; "
+    about += "psgl-server audit is the judge."
+    if min(each["excess"] for each in foe.values()) < 0:
+        about += " Below 0 this decoder had too few samples to learn from: a foe would take the decision alone."
     table = Table(
         title=f"What a foe rebuilds (SSIM to the true input; decision alone: {foe[FLOOR]['ssim']:.3f})",
         title_justify="left",
-        caption=f"One small decoder each, {result['foe_victims']} test samples of the first device; "
-        "psgl-server audit is the judge.",
+        caption=about,
         caption_justify="left",
         min_width=75,
     )

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 from edge_sdk.batch import Samples
 from edge_sdk.codec import unpack_tensors
+from examples.quickstart.hardened import recipe_within
+from export.build import BuildOptions
 
 Draw = Callable[[int, int], Samples]
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +210,16 @@ def test_a_broker_that_dies_does_not_end_the_demo(data: Path, tmp_path: Path) ->
     assert process.returncode == 0, err
     assert "started again" in err
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 2 * 150 * 3
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 28, 28), (1, 64, 64), (1, 224, 224)])
+def test_the_hardened_front_costs_no_more_for_larger_images(shape: tuple[int, ...]) -> None:
+    for classes in (("0", "1"), ("0", "1", "2")):
+        options = BuildOptions("hardened", shape, classes)
+        recipe = recipe_within(options, None)
+        assert recipe.steps * recipe.batch * shape[1] * shape[2] <= 1600 * 64 * 28 * 28 and recipe.teacher == 0
+        assert 1 <= recipe.steps <= 1600 and 16 <= recipe.batch <= 64
+        assert recipe_within(options, 7).steps == 7
 
 
 BAD = {
