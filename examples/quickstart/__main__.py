@@ -1,4 +1,4 @@
-"""The main job: devices without torch and a server train one model over MQTT, undefended and with the defence on.
+"""The main job: devices without torch and a server train over MQTT, undefended, as the paper says, and hardened.
 
 Run it with ``make demo``, or ``python -m examples.quickstart --help``.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
 
 from edge_sdk.batch import save_dataset
 from edge_sdk.console import new_parser, run
@@ -29,9 +30,19 @@ _EXAMPLES = """\
 """
 
 
+_PROFILES = ("vanilla", "paper", "hardened")
+_PREPARING = {
+    "vanilla": "building the network",
+    "paper": "fitting the guide on samples that no device has",
+    "hardened": "training the hardened front on samples that no device has",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = new_parser("make demo", "Split learning between real processes over MQTT, defence off and on.", _EXAMPLES)
+    parser = new_parser(
+        "make demo", "Split learning between real processes over MQTT, undefended and defended twice.", _EXAMPLES
+    )
     parser.add_argument("--data", type=Path, help=".npz with x_train, y_train, x_test, y_test (default: MNIST)")
     parser.add_argument(
         "--out",
@@ -51,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="devices move training images by up to this (default: 7%% of their size)",
     )
     parser.add_argument(
+        "--front-steps",
+        type=int,
+        metavar="STEPS",
+        help="optimizer steps that train the hardened front before its run (default: 1600, fewer for larger images)",
+    )
+    parser.add_argument(
         "--perturb-towards",
         choices=("guide", "label"),
         default="guide",
@@ -62,7 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="float16",
         help="tensors on the wire (default %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of all but the noise that devices draw under hardened (default %(default)s)",
+    )
     parser.add_argument(
         "--broker",
         choices=("auto", "mosquitto", "amqtt"),
@@ -75,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    for option in ("devices", "rounds", "batch"):
+    for option in ("devices", "rounds", "batch", "front_steps"):
         if (getattr(arguments, option) or 1) < 1:
-            raise ConfigError(f"--{option} must be at least 1")
+            raise ConfigError(f"--{option.replace('_', '-')} must be at least 1")
     if arguments.seed < 0:
         raise ConfigError("--seed must be at least 0")
     console = Console(stderr=True)
@@ -88,10 +110,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     shape = dataset.input_shape
     batch = arguments.batch or max(8, min(32, 32 * 28 * 28 // (shape[1] * shape[2])))
     batch = min(batch, *(len(train) for train, _ in division.shards))
-    shift = max(round(0.07 * min(shape[1:])), 1) if arguments.shift is None else arguments.shift
     out: Path = arguments.out
     try:
-        for profile in ("vanilla", "paper"):
+        for profile in _PROFILES:
             shutil.rmtree(out / profile, ignore_errors=True)
         for number, (train, test) in enumerate(division.shards, start=1):
             save_dataset(out / "data" / f"device-{number}.npz", train, test)
@@ -99,45 +120,83 @@ def _demo(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{out} cannot be written: {exc.strerror or exc}") from exc
     with EmbeddedBroker(arguments.broker, arguments.port) as broker:
         # After the broker, which starts at once or says why not; torch takes seconds to import.
-        from examples.quickstart.figure import draw
-        from examples.quickstart.report import compose, print_report, write_result
-        from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+        import torch
 
-        with console.status("fitting the guide on samples that no device has"):
-            guide = prepare_guide(division.guide, division.classes, seed=arguments.seed)
+        from examples.quickstart.figure import draw
+        from examples.quickstart.foe import attack
+        from examples.quickstart.hardened import recipe_within
+        from examples.quickstart.report import compose, print_report, write_result
+        from export.build import BuildOptions, build_bundle, class_names
+        from export.prepare import prepare
+
+        torch.set_num_threads(1)  # the same bits whatever the number of cores, and no waiting for a core that is busy
         runs: dict[str, FleetRun] = {}
-        for profile in ("vanilla", "paper"):
-            with console.status(f"exporting the {profile} bundle: graphs, gradients, optimizer as plain ONNX"):
-                options = BuildOptions(
-                    profile,
-                    shape,
-                    class_names(division.classes),
-                    seed=arguments.seed,
-                    perturb_towards=arguments.perturb_towards,
-                )
-                built = build_bundle(out / profile / "net.psgl", options, guide)
-            fleet = FleetOptions(
-                folder=out / profile,
-                bundle=built.bundle,
-                shards=tuple(out / "data" / f"device-{n}.npz" for n in range(1, arguments.devices + 1)),
-                server=(
-                    *("--rounds", str(arguments.rounds), "--batch", str(batch)),
-                    *("--evaluate-every", str(max(arguments.rounds // 9, 1)), "--codec", arguments.codec),
-                ),
-                device=(
-                    *("--seed", str(arguments.seed), "--shift", str(shift), "--codec", arguments.codec),
-                    *(["--measure-clean"] if profile == "paper" else []),
-                ),
+        ends: list[float] = []
+        for profile in _PROFILES:
+            options = BuildOptions(
+                profile,
+                shape,
+                class_names(division.classes),
+                seed=arguments.seed,
+                perturb_towards=arguments.perturb_towards,
             )
+            recipe = recipe_within(options, arguments.front_steps) if profile == "hardened" else None
+            if recipe is not None:
+                console.print(
+                    f"hardened: training the front on the guide's {len(division.guide):,} samples, "
+                    f"{recipe.steps:,} steps of {recipe.batch}",
+                    highlight=False,
+                )
+            with console.status(_PREPARING[profile]) as status:
+
+                def report(stage: str, done: int, of: int, loss: float, status: Status = status) -> None:
+                    status.update(f"{stage}: {done} of {of}")
+
+                prepared = prepare(division.guide, options, recipe, progress=report)
+                status.update(f"exporting the {profile} bundle as plain ONNX")
+                built = build_bundle(
+                    out / profile / "net.psgl", prepared.options, prepared.guide, network=prepared.network
+                )
             runs[profile] = FleetRun()
             with RunDisplay(f"{profile} · {broker.kind} on {broker.host}:{broker.port}", console) as display:
-                for event in run_fleet(fleet, broker, runs[profile]):
+                for event in run_fleet(_fleet(arguments, built.bundle, batch, shape), broker, runs[profile]):
                     display.show(event)
-        result = compose(runs["vanilla"], runs["paper"], broker.kind, time.monotonic() - began)
-    draw(out / "figure.png", out / "paper", division.shards[0][1], runs)
+            ends.append(time.monotonic())
+    shard = division.shards[0]
+    with console.status("a foe learns to rebuild what the first device sends") as status:
+        rebuilt = attack(
+            [out / profile for profile in _PROFILES],
+            division.guide,
+            shard,
+            rounds=arguments.rounds,
+            batch=batch,
+            seed=arguments.seed,
+            progress=lambda profile: status.update(f"a foe learns to rebuild what the first device sends: {profile}"),
+        )
+    result = compose(runs, rebuilt, division, broker.kind)
+    result |= {"seconds": round(ends[1] - began, 1), "hardened_seconds": round(time.monotonic() - ends[1], 1)}
+    draw(out / "figure.png", out / "paper", shard[1], runs, rebuilt)
     write_result(out / "result.json", result)
     print_report(Console(), result, out)
     return 0
+
+
+def _fleet(arguments: argparse.Namespace, bundle: Path, batch: int, shape: tuple[int, ...]) -> FleetOptions:
+    profile = bundle.parent.name
+    shift = max(round(0.07 * min(shape[1:])), 1) if arguments.shift is None else arguments.shift
+    return FleetOptions(
+        folder=bundle.parent,
+        bundle=bundle,
+        shards=tuple(arguments.out / "data" / f"device-{n}.npz" for n in range(1, arguments.devices + 1)),
+        server=(
+            *("--rounds", str(arguments.rounds), "--batch", str(batch)),
+            *("--evaluate-every", str(max(arguments.rounds // 9, 1)), "--codec", arguments.codec),
+        ),
+        device=(
+            *("--seed", str(arguments.seed), "--shift", str(shift), "--codec", arguments.codec),
+            *(["--measure-clean"] if profile == "paper" else []),
+        ),
+    )
 
 
 def _introduce(console: Console, division: Division) -> None:

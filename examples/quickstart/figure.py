@@ -1,7 +1,8 @@
-"""One picture of what happened: input, map, perturbed input, what crosses the wire, and how both runs learned."""
+"""One picture of what happened: inputs, what crosses the wire, how the runs learned, and what a foe rebuilds."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from edge_sdk.bundle import load_bundle
 from edge_sdk.codec import unpack_tensors
 from edge_sdk.errors import ConfigError
 from edge_sdk.front import Front, FrontState
+from examples.quickstart.foe import FLOOR, Rebuilt
 from server_sdk.local_fleet import FleetRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 
@@ -25,18 +28,20 @@ _SAMPLES = 5
 _CHANNELS = (2, 4)
 _INK = "#1d2433"
 _SOFT = "#8a94a6"
-_COLOURS = {"attacked": "#e0777d", "recovered": "#4c9f9f", "fused": "#e9a23b"}
+_COLOURS = {"attacked": "#e0777d", "recovered": "#4c9f9f", "fused": "#e9a23b", "hardened": "#7b5ea7"}
 _PAPER = "#fbfaf7"
+_WIDTH, _HEIGHT, _BAND = 14.0, 10.0, 1.8  # inches; the band of what a foe rebuilds is at the bottom
 
 
-def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun]) -> None:
+def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun], rebuilt: Mapping[str, Rebuilt]) -> None:
     """Draw the figure.
 
     Args:
         path: the PNG to write.
         folder: of the run with the defence: its bundle and the first device's trained front.
         samples: that device's test samples.
-        runs: ``vanilla`` and ``paper``.
+        runs: ``vanilla``, ``paper`` and ``hardened``.
+        rebuilt: of these samples, by profile, and from the decisions alone.
 
     Raises:
         ConfigError: the disk refuses.
@@ -47,15 +52,22 @@ def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun]) 
     bundle = load_bundle(folder / "net.psgl")
     front = Front(bundle)
     state = FrontState(0, unpack_tensors((folder / "device-1.front.cbor").read_bytes()))
-    chosen = samples.take(_one_of_each(samples.y))
+    positions = _one_of_each(samples.y)
+    chosen = samples.take(positions)
     x = as_batch(chosen.x, bundle.manifest.input_shape, max_batch=bundle.manifest.max_batch)
     forward = front.forward(state, x, None, training=False)
     attack = forward.map if forward.map is not None else np.zeros_like(x)
 
     plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": _INK, "axes.labelcolor": _INK})
-    figure = plt.figure(figsize=(14, 8.2), facecolor=_PAPER)
+    figure = plt.figure(figsize=(_WIDTH, _HEIGHT), facecolor=_PAPER)
     outer = figure.add_gridspec(
-        1, 2, width_ratios=(1.28, 1), left=0.045, right=0.975, top=0.84, bottom=0.085, wspace=0.13
+        *(1, 2),
+        width_ratios=(1.28, 1),
+        left=0.045,
+        right=0.975,
+        top=1 - 1.31 / _HEIGHT,
+        bottom=(0.7 + _BAND) / _HEIGHT,
+        wspace=0.13,
     )
     left = outer[0].subgridspec(len(x), 4, width_ratios=(1, 1, 1, 2), hspace=0.07, wspace=0.05)
     headings = ("input", "its attack (map)", "perturbed input", "activations on the wire")
@@ -95,14 +107,14 @@ def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun]) 
     right = outer[1].subgridspec(2, 1, height_ratios=(1.75, 1), hspace=0.33)
     _curves(figure.add_subplot(right[0]), runs)
     _losses(figure.add_subplot(right[1]), runs)
-    figure.text(0.045, 0.945, "Split learning with the defence on", fontsize=19, weight="bold")
-    share = runs["paper"].curve[-1][1]["accuracy"]
-    bare = runs["vanilla"].curve[-1][1]["accuracy"]
+    _band(figure, x, {name: each.pictures[positions] for name, each in rebuilt.items()}, rebuilt)
+    figure.text(0.045, 1 - 0.45 / _HEIGHT, "Split learning with the defence on", fontsize=19, weight="bold")
+    share, bare, hardened = (runs[name].figures["evaluation"]["accuracy"] for name in ("paper", "vanilla", "hardened"))
     figure.text(
         0.045,
-        0.905,
-        f"Each device attacks its own input before anything leaves it; the server recovers, fuses and decides: "
-        f"{share:.1%} right, without defence {bare:.1%}.",
+        1 - 0.78 / _HEIGHT,
+        f"paper: each device attacks its own input before anything leaves it; the server recovers, fuses and decides: "
+        f"{share:.1%} right; vanilla {bare:.1%}, hardened {hardened:.1%}.",
         fontsize=11.5,
         color=_SOFT,
     )
@@ -112,6 +124,42 @@ def draw(path: Path, folder: Path, samples: Samples, runs: dict[str, FleetRun]) 
         raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
     finally:
         plt.close(figure)
+
+
+def _band(
+    figure: Figure,
+    x: npt.NDArray[np.float32],
+    pictures: Mapping[str, npt.NDArray[np.float32]],
+    rebuilt: Mapping[str, Rebuilt],
+) -> None:
+    """The same inputs in one group, and what the foe made of them in one group each, with the SSIM of all victims."""
+    headings = {"vanilla": "vanilla", "paper": "paper", "hardened": "hardened", FLOOR: "from the decision alone"}
+    victims = len(rebuilt[FLOOR].pictures)
+    figure.text(0.045, (_BAND - 0.27) / _HEIGHT, "what a foe rebuilds from what the first device sends", fontsize=11.5)
+    figure.text(
+        0.975,
+        (_BAND - 0.27) / _HEIGHT,
+        f"one small learned decoder each, mean SSIM over {victims} test samples; psgl-server audit is the judge",
+        fontsize=9.5,
+        color=_SOFT,
+        ha="right",
+    )
+    top = (_BAND - 1.0) / _HEIGHT
+    groups = figure.add_gridspec(
+        1, 1 + len(headings), left=0.045, right=0.975, top=top, bottom=top - 0.5 / _HEIGHT, wspace=0.1
+    )
+    shown = [("input", "", x)]
+    shown += [(heading, f"SSIM {rebuilt[name].ssim:.2f}", pictures[name]) for name, heading in headings.items()]
+    for number, (heading, about, images) in enumerate(shown):
+        tiles = groups[number].subgridspec(1, len(images), wspace=0.06)
+        place = groups[number].get_position(figure)
+        middle = (place.x0 + place.x1) / 2
+        figure.text(middle, top + 0.33 / _HEIGHT, heading, fontsize=10.5, ha="center")
+        figure.text(middle, top + 0.11 / _HEIGHT, about, fontsize=9.5, color=_SOFT, ha="center")
+        for column, image in enumerate(images):
+            axes = figure.add_subplot(tiles[column])
+            axes.imshow(_image(image), cmap="gray", interpolation="nearest", vmin=0.0, vmax=1.0)
+            axes.set_axis_off()
 
 
 def _one_of_each(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -158,6 +206,14 @@ def _curves(axes: Axes, runs: dict[str, FleetRun]) -> None:
         linestyle=(0, (4, 2)),
         label="vanilla",
     )
+    level = runs["hardened"].figures["evaluation"]
+    axes.axhline(
+        100 * level["accuracy"],
+        color=_COLOURS["hardened"],
+        linewidth=2,
+        linestyle=(0, (1, 1)),
+        label="hardened, at its end",
+    )
     axes.plot(
         rounds,
         [100 * e["accuracy"] for _, e in paper],
@@ -167,7 +223,7 @@ def _curves(axes: Axes, runs: dict[str, FleetRun]) -> None:
         markersize=4.5,
         label="fused decision",
     )
-    shown = [100 * e["accuracy"] for _, e in [*paper, *bare]]
+    shown = [100 * e["accuracy"] for _, e in [*paper, *bare]] + [100 * level["accuracy"]]
     axes.set_ylim(max(0.0, min(shown) - 3.0), min(100.5, max(shown) + 1.5))
     axes.set_title("accuracy on held-out samples, over the wire", loc="left", fontsize=11.5, pad=9)
     axes.set_ylabel("%")
@@ -176,7 +232,12 @@ def _curves(axes: Axes, runs: dict[str, FleetRun]) -> None:
 
 
 def _losses(axes: Axes, runs: dict[str, FleetRun]) -> None:
-    for name, colour, label in (("vanilla", _SOFT, "vanilla"), ("paper", _INK, "fused stream")):
+    shown = (
+        ("vanilla", _SOFT, "vanilla"),
+        ("hardened", _COLOURS["hardened"], "hardened"),
+        ("paper", _INK, "fused stream"),
+    )
+    for name, colour, label in shown:
         losses: Any = np.asarray(runs[name].losses)
         window = max(len(losses) // 40, 1)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
@@ -185,7 +246,7 @@ def _losses(axes: Axes, runs: dict[str, FleetRun]) -> None:
     axes.set_title("training loss", loc="left", fontsize=11.5, pad=9)
     axes.set_xlabel("round")
     _dress(axes)
-    axes.legend(frameon=False, fontsize=9.5, loc="upper right")
+    axes.legend(frameon=False, fontsize=9.5, loc="best")
 
 
 def _dress(axes: Axes) -> None:

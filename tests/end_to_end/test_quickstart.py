@@ -19,13 +19,15 @@ from safetensors.numpy import load_file
 
 from edge_sdk.batch import Samples
 from edge_sdk.codec import unpack_tensors
+from examples.quickstart.hardened import recipe_within
+from export.build import BuildOptions
 
 Draw = Callable[[int, int], Samples]
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
-    short = ("--rounds", "24", "--batch", "8", "--shift", "0")
+    short = ("--rounds", "24", "--batch", "8", "--shift", "0", "--front-steps", "150")
     return [
         sys.executable,
         "-m",
@@ -94,6 +96,15 @@ def test_it_leaves_the_promised_figures(finished: tuple[Path, subprocess.Complet
     assert result["fused_accuracy"] > 0.6 and result["vanilla_accuracy"] > 0.6
     assert result["steps"] == 2 * 24 * 3 and result["seconds"] > 0 and result["bytes_per_sample"] > 0
     assert result["broker"] in ("mosquitto", "amqtt")
+    assert result["hardened_accuracy"] > 0.6 and result["hardened_seconds"] > 0
+    assert 2 <= result["hardened_bits_per_sample"] <= 16 * 8
+    assert 16 <= result["hardened_bytes_per_sample"] < result["bytes_per_sample"]
+    assert result["front_samples"] == {"vanilla": 120, "hardened": 30}
+    assert set(result["foe"]) == {"vanilla", "paper", "hardened", "floor"} and result["foe_victims"] == 20
+    for rebuilt in result["foe"].values():
+        assert -1 <= rebuilt["ssim"] <= 1
+        assert rebuilt["excess"] == pytest.approx(rebuilt["ssim"] - result["foe"]["floor"]["ssim"])
+    assert result["foe"]["vanilla"]["ssim"] > 0.5, "an undefended front shows these patterns"
     assert [device["name"] for device in result["devices"]] == ["device-1", "device-2", "device-3"]
     for device in result["devices"]:
         assert device["torch_loaded"] is False and device["steps"] == 48 and 20 < device["peak_rss_mb"] < 120
@@ -108,9 +119,11 @@ def test_it_leaves_the_promised_figures(finished: tuple[Path, subprocess.Complet
         "guide",
         "agreement",
         "follows",
+        "hardened",
+        "psgl-server audit",
         "peak memory",
     ):
-        assert words in done.stdout
+        assert words in " ".join(done.stdout.split())
     assert "3 devices" in done.stderr and "round 24" in done.stderr
 
 
@@ -135,13 +148,32 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     assert all(np.array_equal(value, again[name]) for name, value in ours.items())
     key = "paper.1.p.conv1.weight"
     assert not np.array_equal(ours[key], ours["paper.2.p.conv1.weight"])
+    shipped = [
+        [unpack_tensors((out / "hardened" / f"device-{number}.front.cbor").read_bytes()) for number in (1, 2, 3)]
+        for out in (first, tmp_path / "same")
+    ]
+    for front in (*shipped[0], *shipped[1]):
+        assert all(np.array_equal(value, shipped[0][0][name]) for name, value in front.items())
+    # The noise of the devices is of no seed: only what rests on their decisions may differ.
+    foes = [json.loads((out / "result.json").read_text())["foe"] for out in (first, tmp_path / "same")]
+    for profile in ("vanilla", "paper", "hardened"):
+        assert foes[0][profile]["ssim"] == foes[1][profile]["ssim"]
 
 
 @pytest.mark.timeout(180)
-def test_ctrl_c_ends_every_process_in_time(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "words", "least"),
+    [
+        pytest.param(("--rounds", "5000"), "round", 6, id="demo, broker, server and three devices run"),
+        pytest.param(("--front-steps", "1000000"), "training the front", 2, id="the demo itself trains"),
+    ],
+)
+def test_ctrl_c_ends_every_process_in_time(
+    options: tuple[str, ...], words: str, least: int, data: Path, tmp_path: Path
+) -> None:
     token = uuid.uuid4().hex
     process = subprocess.Popen(
-        command(data, tmp_path, "--rounds", "5000"),
+        command(data, tmp_path, *options),
         cwd=ROOT,
         env=marked(token),
         stderr=subprocess.PIPE,
@@ -150,9 +182,9 @@ def test_ctrl_c_ends_every_process_in_time(data: Path, tmp_path: Path) -> None:
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if "round" in line:
+        if words in line:
             break
-    assert len(processes(token)) >= 6, "demo, broker, server and three devices run"
+    assert len(processes(token)) >= least
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
     assert "stopped" in process.stderr.read()
@@ -184,6 +216,16 @@ def test_a_broker_that_dies_does_not_end_the_demo(data: Path, tmp_path: Path) ->
     assert process.returncode == 0, err
     assert "started again" in err
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 2 * 150 * 3
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 28, 28), (1, 64, 64), (1, 224, 224)])
+def test_the_hardened_front_costs_no_more_for_larger_images(shape: tuple[int, ...]) -> None:
+    for classes in (("0", "1"), ("0", "1", "2")):
+        options = BuildOptions("hardened", shape, classes)
+        recipe = recipe_within(options, None)
+        assert recipe.steps * recipe.batch * shape[1] * shape[2] <= 1600 * 64 * 28 * 28 and recipe.teacher == 0
+        assert 1 <= recipe.steps <= 1600 and 16 <= recipe.batch <= 64
+        assert recipe_within(options, 7).steps == 7
 
 
 BAD = {
