@@ -79,7 +79,7 @@ def attack(
 
     def rebuilt(knowledge: Array, seen: Array) -> Rebuilt:
         kind = "convolution" if seen.ndim > 2 else "mlp"
-        decoder = LearnedDecoder(kind, epochs=epochs, width=_WIDTH)  # type: ignore[arg-type]
+        decoder = LearnedDecoder(kind, epochs=epochs, width=_WIDTH, least_steps=1)  # type: ignore[arg-type]
         pictures = decoder.rebuild(Knowledge(known, knowledge), seen, seed=seed)
         ssim = likeness(pictures, x).ssim
         assert ssim is not None, "images of 8 pixels and more have one"
