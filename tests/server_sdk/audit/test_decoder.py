@@ -76,7 +76,7 @@ def test_every_cut_and_every_input(shape: tuple[int, ...], target: tuple[int, ..
     knowledge = Knowledge(generator.random((12, *target), np.float32), generator.random((12, *shape), np.float32))
     done = []
     for kind in KINDS:
-        decoder = LearnedDecoder(kind, epochs=2, width=4)
+        decoder = LearnedDecoder(kind, epochs=2, width=4, least_steps=1)
         if decoder.fits(shape):
             heard: list[int] = []
             made = decoder.rebuild(
@@ -87,6 +87,27 @@ def test_every_cut_and_every_input(shape: tuple[int, ...], target: tuple[int, ..
             assert heard == [1, 2]
             done.append(kind)
     assert done == (["mlp"] if len(shape) == 1 else list(KINDS))
+
+
+def test_few_samples_are_gone_through_more_often() -> None:
+    generator = np.random.default_rng(0)
+    knowledge = Knowledge(generator.random((12, 1, 8, 8), np.float32), generator.random((12, 6), np.float32))
+    heard: list[tuple[int, int]] = []
+    LearnedDecoder("mlp", epochs=2, width=1, least_steps=30).rebuild(
+        knowledge, knowledge.seen, seed=0, progress=lambda done, of, loss: heard.append((done, of))
+    )
+    assert heard[-1] == (8, 8), "twelve samples are four batches of three: 30 steps take eight passes"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_learned_by_heart(kind: str) -> None:
+    """Of codes that say nothing of the inputs a decoder can make nothing but their mean, however long it trains."""
+    generator = np.random.default_rng(0)
+    shape = (2, 4, 4) if kind == "convolution" else (32,)
+    own, x = (generator.random((n, 1, 8, 8), np.float32) for n in (60, 40))
+    codes, seen = (generator.normal(size=(n, *shape)).astype(np.float32) for n in (60, 40))
+    made = LearnedDecoder(kind, epochs=150, width=16).rebuild(Knowledge(own, codes), seen, seed=0)
+    assert likeness(made, x).nmse < 1.15
 
 
 def test_what_does_not_fit_is_refused() -> None:
