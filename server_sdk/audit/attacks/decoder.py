@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from server_sdk.audit.attacks.attack import Knowledge, Progress
+from server_sdk.audit.metrics import likeness
 from server_sdk.errors import ServerError
 
 __all__ = ["LearnedDecoder"]
@@ -26,6 +27,7 @@ __all__ = ["LearnedDecoder"]
 Array = npt.NDArray[np.float32]
 _PART = 512
 _LEAST_TO_HOLD_OUT = 40
+_LEAST_TO_JUDGE = 20
 _WEIGHT_DECAY = 1e-2
 
 
@@ -33,8 +35,9 @@ _WEIGHT_DECAY = 1e-2
 class LearnedDecoder:
     """A decoder network, trained anew for each attack.
 
-    A tenth of the foe's samples is held out, and the weights that rebuild these best are kept: a decoder that has
-    learned its samples by heart, or the noise on them, would make any defence look good.
+    A tenth of the foe's samples is held out, and the weights that rebuild these best by the measure that the foe is
+    judged by are kept (by their error where fewer than 20 are held out): a decoder that has learned its samples by
+    heart, or the noise on them, or that goes for the smallest error and so for a blur, would make a defence look good.
 
     Attributes:
         kind: ``convolution`` (needs activations with spatial axes) or ``mlp``.
@@ -118,7 +121,7 @@ class LearnedDecoder:
         steps = epochs * math.ceil(len(order) / batch)
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=self.learning_rate, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        best, kept = math.inf, copy.deepcopy(decoder.state_dict())
+        best, kept = -math.inf, copy.deepcopy(decoder.state_dict())
         for epoch in range(epochs):
             total = 0.0
             decoder.train()
@@ -132,16 +135,26 @@ class LearnedDecoder:
                     total += float(loss.detach()) * len(chosen)
                 schedule.step()
             if held:
-                decoder.eval()
-                with torch.inference_mode():
-                    parts = [(decoder(codes[part]) - wanted[part]).square().sum() for part in torch.split(aside, _PART)]
-                error = float(torch.stack(parts).sum())
-                if error < best:
-                    best, kept = error, copy.deepcopy(decoder.state_dict())
+                shown = _shown(decoder, codes[aside], wanted[aside])
+                if shown > best:
+                    best, kept = shown, copy.deepcopy(decoder.state_dict())
             if progress is not None:
                 progress(epoch + 1, epochs, total / len(order))
         if held:
             decoder.load_state_dict(kept)
+
+
+def _shown(decoder: nn.Module, codes: Tensor, wanted: Tensor) -> float:
+    """What the decoder shows of these samples: SSIM of images, correlation of signals; of few, where these are chance,
+    minus the error.
+    """
+    decoder.eval()
+    with torch.inference_mode():
+        made = torch.cat([decoder(part) for part in torch.split(codes, _PART)]).cpu().numpy()
+    found = likeness(made, wanted.cpu().numpy())
+    if len(codes) < _LEAST_TO_JUDGE:
+        return -found.mse
+    return found.correlation if found.ssim is None else found.ssim
 
 
 class _ConvolutionDecoder(nn.Module):
