@@ -53,6 +53,13 @@ class AttackOptions:
         decoder = self.decoder("mlp" if name.endswith("mlp") else "convolution", compute)
         return Averaging(decoder, self.sends) if name.startswith("averaging_") else decoder
 
+    def told(self, name: str) -> dict[str, int]:
+        """Which of these options decide what the attack of that name finds; the floor is a decoder's."""
+        if name == "white_box":
+            return {"steps": self.steps}
+        averaged = {"sends": self.sends} if name.startswith("averaging_") else {}
+        return {"epochs": self.epochs, "width": self.width, **averaged}
+
 
 @dataclass(frozen=True)
 class DataOptions:

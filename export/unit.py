@@ -115,6 +115,10 @@ def _whole(path: Path) -> Iterator[Path]:
         raise ExportError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
+def _digest(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Unit:
     """One profile on one data set with one seed.
@@ -124,7 +128,7 @@ class Unit:
         data: name and options of the data.
         profile: name and options of the profile.
         seed: of division, training and attacks.
-        attack: options of the attacks.
+        attack: options of the attacks; the names of cells hold the hash of those that decide them.
         compute: where networks and decoders train, ``cpu`` or ``cuda``; no part of the hash.
     """
 
@@ -142,7 +146,7 @@ class Unit:
 
     @cached_property
     def path(self) -> Path:
-        """The unit's own folder; its name holds the hash of all that decides what is found but the code.
+        """The unit's own folder; its name holds the hash of all that decides what is trained but the code.
 
         Raises:
             BatchError: the data file cannot be read.
@@ -153,7 +157,7 @@ class Unit:
         except OSError as exc:
             raise BatchError(f"the data file {file} cannot be read ({exc.strerror or exc}): put it there") from exc
         data = {**asdict(self.data[1]), "file": content, "seeds": None}
-        own = asdict(self.profile[1])
+        own = {name: value for name, value in asdict(self.profile[1]).items() if value is not None}
         settings = asdict(PROFILES[self.profile[1].profile])
         del settings["about"]
         told = {
@@ -161,11 +165,9 @@ class Unit:
             "profile": {**own, "recipe": dict(own["recipe"])},
             "settings": settings,
             "recipe": {**asdict(self._recipe()), "compute": None} if settings["frozen"] else None,
-            "attack": asdict(self.attack),
             "seed": self.seed,
         }
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        return self.folder / self.data[0] / self.profile[0] / f"{self.seed}-{digest}"
+        return self.folder / self.data[0] / self.profile[0] / f"{self.seed}-{_digest(told)}"
 
     def has(self, attack: str) -> bool:
         """Whether that cell is there, whole."""
@@ -319,10 +321,10 @@ class Unit:
         return self.path / "unit.json"
 
     def _cell(self, name: str) -> Path:
-        return self.path / f"{name}.json"
+        return self.path / f"{name}-{_digest(self.attack.told(name))[:6]}.json"
 
     def _pictures(self, name: str) -> Path:
-        return self.path / f"{name}.npz"
+        return self._cell(name).with_suffix(".npz")
 
     def _keep(self, name: str, outcome: Outcome | None) -> None:
         if outcome is not None:

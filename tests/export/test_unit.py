@@ -63,7 +63,6 @@ def test_all_that_decides_names_the_folder(unit: Unit, tmp_path: Path, samples: 
                 "shift": 1,
             }.items()
         ),
-        *(replace(unit, attack=replace(unit.attack, **{name: 5})) for name in ("epochs", "width", "steps", "sends")),
         replace(unit, profile=("vanilla", ProfileOptions("gaussian"))),
         replace(unit, profile=("vanilla", ProfileOptions("vanilla", noise=0.5))),
         replace(unit, profile=("vanilla", ProfileOptions("hardened"))),
@@ -76,9 +75,27 @@ def test_all_that_decides_names_the_folder(unit: Unit, tmp_path: Path, samples: 
 def test_nothing_else_does(unit: Unit, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere.npz"
     moved.write_bytes((tmp_path / "data.npz").read_bytes())
-    for other in (replace(unit, compute="cuda"), changed(unit, file=moved), changed(unit, seeds=9)):
+    harder = replace(unit, attack=AttackOptions(5, 5, 5, 5))
+    for other in (replace(unit, compute="cuda"), harder, changed(unit, file=moved), changed(unit, seeds=9)):
         assert other.path == unit.path
     assert replace(unit, data=("alias", unit.data[1])).path.name == unit.path.name
+
+
+@pytest.mark.parametrize(
+    ("name", "decided_by"),
+    [
+        ("floor", {"epochs", "width"}),
+        ("decoder_mlp", {"epochs", "width"}),
+        ("decoder_convolution", {"epochs", "width"}),
+        ("averaging_decoder_mlp", {"epochs", "width", "sends"}),
+        ("white_box", {"steps"}),
+    ],
+)
+def test_a_cell_is_named_by_the_options_that_decide_it(unit: Unit, name: str, decided_by: set[str]) -> None:
+    unit._keep(name, outcome(5))
+    for option in ("epochs", "width", "steps", "sends"):
+        other = replace(unit, attack=replace(unit.attack, **{option: 5}))
+        assert other.has(name) is (option not in decided_by)
 
 
 def test_the_profiles_settings_are_part_of_the_name(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,21 +115,19 @@ def test_a_cell_is_there_whole_or_not_at_all(unit: Unit) -> None:
     unit._keep("decoder_mlp", outcome())
     unit._keep("white_box", None)
     assert unit.missing(("decoder_mlp", "white_box")) == ["floor"]
-    assert sorted(path.name for path in unit.path.iterdir()) == [
-        "decoder_mlp.json",
-        "decoder_mlp.npz",
-        "white_box.json",
-    ]
-    kept = json.loads((unit.path / "decoder_mlp.json").read_text())
+    cell, pictures, other = sorted(unit.path.iterdir())
+    assert (cell, pictures) == (unit._cell("decoder_mlp"), unit._pictures("decoder_mlp"))
+    assert other == unit._cell("white_box")
+    kept = json.loads(cell.read_text())
     assert kept["code"] == code_version() and kept["victims"] == 300
-    with np.load(unit.path / "decoder_mlp.npz") as archive:
+    with np.load(pictures) as archive:
         assert archive["reconstructions"].shape == (256, 1, 8, 8)
 
 
 @pytest.mark.parametrize("damage", ["", '{"fits": tr', "[]", "{}", "\0\0\0"])
 def test_a_damaged_cell_is_made_again(unit: Unit, damage: str) -> None:
     unit._keep("decoder_mlp", outcome())
-    (unit.path / "decoder_mlp.json").write_text(damage)
+    unit._cell("decoder_mlp").write_text(damage)
     assert not unit.has("decoder_mlp")
 
 
@@ -120,10 +135,10 @@ def test_a_cell_without_its_pictures_is_made_again_and_damaged_ones_are_named(un
     for name in ("floor", "decoder_mlp"):
         unit._keep(name, outcome(5))
     assert set(unit.arrays("decoder_mlp")) == {"worst", "floor"}
-    (unit.path / "decoder_mlp.npz").write_bytes(b"PK\x03\x04 half")
-    with pytest.raises(ExportError, match=r"decoder_mlp\.npz is missing or damaged: delete it"):
+    unit._pictures("decoder_mlp").write_bytes(b"PK\x03\x04 half")
+    with pytest.raises(ExportError, match=r"decoder_mlp-\w{6}\.npz is missing or damaged: delete it"):
         unit.arrays("decoder_mlp")
-    (unit.path / "decoder_mlp.npz").unlink()
+    unit._pictures("decoder_mlp").unlink()
     assert not unit.has("decoder_mlp")
 
 
@@ -133,7 +148,7 @@ def test_a_disk_that_refuses_leaves_no_half_file(unit: Unit, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(unit_module.np, "savez_compressed", full)
-    with pytest.raises(ExportError, match=r"decoder_mlp\.npz cannot be written: No space left on device"):
+    with pytest.raises(ExportError, match=r"decoder_mlp-\w{6}\.npz cannot be written: No space left on device"):
         unit._keep("decoder_mlp", outcome(5))
     assert not list(unit.path.iterdir()) and not unit.has("decoder_mlp")
 
