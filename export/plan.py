@@ -77,7 +77,6 @@ class DataOptions:
         guide: share, above 0 and below 1, of the device's training samples that the guide is fitted on where a profile
             has one; the device trains on the others.
         shift: augmentation on the device.
-        seeds: in place of a stage's, or None.
     """
 
     file: Path
@@ -90,13 +89,12 @@ class DataOptions:
     batch: int = 64
     guide: float = 0.3
     shift: int = 0
-    seeds: int | None = None
 
     def __post_init__(self) -> None:
         for name, share in (("foe", self.foe), ("guide", self.guide)):
             if not 0 < share < 1:
                 raise ConfigError(f"{name} is {share:g}: choose a share above 0 and below 1")
-        _at_least(1, rounds=self.rounds, batch=self.batch, seeds=1 if self.seeds is None else self.seeds)
+        _at_least(1, rounds=self.rounds, batch=self.batch)
         _at_least(0, shift=self.shift, rest=self.rest or 0)
         if len(self.merge) % 2:
             raise ConfigError("merge names pairs of arrays, samples and their labels: give an even number")

@@ -165,7 +165,7 @@ def units_of(plan: Plan, stage: Stage, folder: Path, compute: str = "cpu") -> It
     """The units of a stage: data by data, seed by seed, profile by profile."""
     for data in stage.data:
         options = plan.data[data]
-        for seed in range(stage.seeds if options.seeds is None else options.seeds):
+        for seed in range(stage.seeds):
             for profile in stage.profiles:
                 yield Unit(folder, (data, options), (profile, plan.profiles[profile]), seed, plan.attack, compute)
 

@@ -156,7 +156,7 @@ class Unit:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as exc:
             raise BatchError(f"the data file {file} cannot be read ({exc.strerror or exc}): put it there") from exc
-        data = {**asdict(self.data[1]), "file": content, "seeds": None}
+        data = {**asdict(self.data[1]), "file": content}
         own = {name: value for name, value in asdict(self.profile[1]).items() if value is not None}
         settings = asdict(PROFILES[self.profile[1].profile])
         del settings["about"]

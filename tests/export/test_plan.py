@@ -38,7 +38,7 @@ def test_the_example_is_a_plan() -> None:
     assert set(plan.data) == {"mnist_10k", "breastmnist", "mitbih"} and len(plan.stages) == 4
     heart = plan.data["mitbih"]
     assert heart.file == EXAMPLE.parent / "mitbih_beats.npz" and (heart.rest, heart.group) == (0, "rec_train")
-    assert plan.data["breastmnist"].merge == ("x_val", "y_val") and plan.data["breastmnist"].seeds == 5
+    assert plan.data["breastmnist"].merge == ("x_val", "y_val")
     assert plan.stages[0].profiles == ("vanilla", "hardened") and plan.attack.width == 32
     assert set(PROFILES) == set(plan.profiles) == {name for stage in plan.stages for name in stage.profiles}
 
@@ -69,8 +69,7 @@ def test_a_plan_may_give_a_profile_another_name_and_recipe(tmp_path: Path) -> No
         ('"mine.npz"', '"mine.npz"\nbatch = 0', "batch is 0"),
         ('"mine.npz"', '"mine.npz"\nshift = -1', "shift is -1"),
         ('"mine.npz"', '"mine.npz"\nrest = -1', "rest is -1"),
-        ('"mine.npz"', '"mine.npz"\nseeds = 0', "seeds is 0"),
-        ('"mine.npz"', '"mine.npz"\nseeds = -3', "seeds is -3"),
+        ("[[stage]]", "[[stage]]\nseeds = -3", "stage 1: seeds is -3"),
         ('"mine.npz"', '"mine.npz"\nsignal = 1', "signal is 1: it must be bool"),
         ('"mine.npz"', '"mine.npz"\nmerge = ["x_val"]', "merge names pairs of arrays"),
         ('"mine.npz"', '"mine.npz"\nmerge = ["x_val", 3]', "it must be tuple"),
