@@ -27,10 +27,11 @@ from export.graphs import GraphSet, Optimizer, build_graphs
 from export.parity import check_parity
 from server_sdk.assembly import back_path
 from server_sdk.reference.guide import Guide, fit_guide
-from server_sdk.reference.perturbation import front_input
+from server_sdk.reference.perturbation import Perturbation, front_input
 from server_sdk.reference.profiles import PROFILES, Profile, ServerPart
 from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.reference.split import split
+from server_sdk.streams import STREAMS
 
 __all__ = [
     "BuildOptions",
@@ -39,6 +40,7 @@ __all__ = [
     "class_names",
     "measured_range",
     "model_of",
+    "perturbation_of",
     "prepare_guide",
     "profile_of",
 ]
@@ -61,7 +63,10 @@ class BuildOptions:
         model: the whole network; None: the profile's network for this shape.
         downsample: 2 moves blocks of two along each spatial axis into channels before the front, 1 leaves the
             grid.
+        perturb: normalisation of the perturbation, or ``none`` to leave it out; where the profile has none itself, a
+            front that is trained here is not shown the map.
         epsilon: budget of the perturbation.
+        streams: what the server trains.
         noise: standard deviation of the noise on the activations.
         noise_kind: ``gaussian`` or ``laplace``.
         frozen: export the inference alone: the front is trained already (``network``) and stays as it is.
@@ -82,7 +87,9 @@ class BuildOptions:
     max_batch: int = 256
     model: ModelSpec | None = None
     downsample: int = 2
+    perturb: Literal["sign", "max", "none"] | None = None
     epsilon: float | None = None
+    streams: tuple[str, ...] | None = None
     noise: float | None = None
     noise_kind: str | None = None
     frozen: bool | None = None
@@ -152,9 +159,7 @@ def build_bundle(
         BundleError: the file cannot be written.
     """
     profile = profile_of(options.profile)
-    perturbation = profile.perturbation
-    if perturbation is not None and options.epsilon is not None:
-        perturbation = type(perturbation)(perturbation.normalisation, options.epsilon)
+    perturbation = perturbation_of(options)
     wanted, span = _settings(options, profile)
     model = model_of(options)
     whole = build(model, options.seed)
@@ -188,12 +193,19 @@ def build_bundle(
         noise=wanted.noise > 0,
     )
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
-    part = ServerPart(model, options.seed, hashlib.sha256(weights).hexdigest(), profile.streams)
+    cut_shape = _cut_shape(front, options, perturbation)
+    part = ServerPart(
+        model,
+        options.seed,
+        hashlib.sha256(weights).hexdigest(),
+        _streams(options, profile, cut_shape),
+        map_channel=perturbation is not None and perturbation.map_channel,
+    )
     manifest = Manifest(
         profile=options.profile,
         input_shape=options.input_shape,
         classes=options.classes,
-        cut_shape=_cut_shape(front, options, perturbed=perturbation is not None),
+        cut_shape=cut_shape,
         optimizer=options.optimizer.kind,
         learning_rate=options.optimizer.learning_rate,
         normalisation=perturbation.normalisation if perturbation else None,
@@ -276,7 +288,8 @@ def model_of(options: BuildOptions) -> ModelSpec:
     profile = profile_of(options.profile)
     channels, *axes = options.input_shape
     grid = [size // options.downsample for size in axes]
-    stacked = channels * options.downsample ** len(axes) + (1 if profile.perturbation else 0)
+    perturbation = perturbation_of(options)
+    stacked = channels * options.downsample ** len(axes) + (perturbation is not None and perturbation.map_channel)
     arguments = {"in_channels": stacked, "grid": grid, "classes": len(options.classes), **profile.arguments}
     return ModelSpec(profile.factory, arguments, profile.cut)
 
@@ -293,10 +306,42 @@ def profile_of(name: str) -> Profile:
     return profile
 
 
-def _cut_shape(front: nn.Module, options: BuildOptions, *, perturbed: bool) -> tuple[int, ...]:
+def perturbation_of(options: BuildOptions) -> Perturbation | None:
+    """What the device does to its input, or None: the profile's perturbation, or what the options put in its place.
+
+    Raises:
+        ExportError: an unknown profile, or a budget for no perturbation.
+        ModelError: an unknown normalisation, or a budget out of range.
+    """
+    profile = profile_of(options.profile)
+    perturbation = profile.perturbation
+    if options.perturb is not None:
+        shown = not profile.frozen if perturbation is None else perturbation.map_channel
+        perturbation = None if options.perturb == "none" else Perturbation(options.perturb, map_channel=shown)
+    if options.epsilon is None:
+        return perturbation
+    if perturbation is None:
+        raise ExportError(f"a budget of {options.epsilon:g} and no perturbation to spend it: say which (perturb)")
+    return replace(perturbation, epsilon=options.epsilon)
+
+
+def _streams(options: BuildOptions, profile: Profile, cut_shape: tuple[int, ...]) -> tuple[str, ...]:
+    wanted = profile.streams if options.streams is None else options.streams
+    if not wanted or not set(wanted) <= set(STREAMS):
+        raise ExportError(f"streams are {', '.join(wanted) or 'none'}: name some of {', '.join(STREAMS)}")
+    if len(cut_shape) == 1 and wanted != ("attacked",):
+        raise ExportError(
+            f"the cut gives vectors of {cut_shape[0]} values, of which there is nothing to recover: "
+            "use the stream attacked alone, or a cut with spatial axes"
+        )
+    return wanted
+
+
+def _cut_shape(front: nn.Module, options: BuildOptions, perturbation: Perturbation | None) -> tuple[int, ...]:
     x = torch.zeros(1, *options.input_shape)
     with torch.no_grad():
-        sees = front_input(x, x if perturbed else None, options.downsample)
+        shown = x if perturbation is not None and perturbation.map_channel else None
+        sees = front_input(x, shown, options.downsample)
         training = front.training
         activations = front.eval()(sees)
         front.train(training)

@@ -17,12 +17,14 @@ from edge_sdk.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from export.build import BuildOptions, Built
+    from export.build import Built
     from export.harden import Progress, Recipe
+    from export.prepare import Prepared
 
 __all__ = ["EXAMPLES", "add_build", "build"]
 
 _MOST_NOISE = 1e3
+_GUIDE_SHARE = 0.3
 _PROFILES = (
     *("hardened", "vanilla", "paper"),
     *("gaussian", "laplace", "nopeek", "adversarial", "lowrank", "quantised"),
@@ -59,7 +61,19 @@ def add_build(commands: Any) -> None:
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="bundle to write; the back's weights go beside it"
     )
+    parser.add_argument(
+        "--perturb",
+        choices=("none", "sign", "max"),
+        help="reversed JSMA on the device, with this normalisation (default: the profile's; a front that is trained "
+        f"here leaves {_GUIDE_SHARE:.0%} of the samples to the guide then)",
+    )
     parser.add_argument("--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)")
+    parser.add_argument(
+        "--streams",
+        nargs="+",
+        choices=("attacked", "recovered", "fused"),
+        help="what the server trains (default: the profile's; a cut that gives vectors has attacked alone)",
+    )
     parser.add_argument("--noise", type=float, help="standard deviation on the activations (default: the profile's)")
     parser.add_argument("--seed", type=int, default=0, help="of training and initial weights (default %(default)s)")
     parser.add_argument("--signal", action="store_true", help="the samples are signals (N, T) or (N, C, T), not images")
@@ -94,9 +108,10 @@ def build(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from export.build import BuildOptions, build_bundle, class_names, profile_of
+    from export.build import BuildOptions, build_bundle, class_names, perturbation_of, profile_of
     from export.prepare import prepare, recipe_of
     from export.trade_off import LEAST_HELD_OUT
+    from server_sdk.audit.division import divide
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     options = BuildOptions(
@@ -104,7 +119,9 @@ def build(arguments: argparse.Namespace) -> int:
         dataset.input_shape,
         class_names(dataset.classes),
         seed=arguments.seed,
+        perturb=arguments.perturb,
         epsilon=arguments.epsilon,
+        streams=None if arguments.streams is None else tuple(arguments.streams),
         noise=arguments.noise,
         input_range=_input_range(arguments, dataset),
     )
@@ -125,12 +142,16 @@ def build(arguments: argparse.Namespace) -> int:
         def progress(stage: str, done: int, of: int, loss: float) -> None:
             shown.update(f"{stage}, {done} of {of}, loss {loss:.4f}")
 
-        prepared = prepare(dataset.train, options, recipe, progress=progress)
+        samples, guide_samples = dataset.train, None
+        if frozen and perturbation_of(options) is not None:
+            parts = divide(dataset, foe=_GUIDE_SHARE, seed=arguments.seed)
+            samples, guide_samples = parts.train, parts.auxiliary
+        prepared = prepare(samples, options, recipe, guide_samples=guide_samples, progress=progress)
         if prepared.network is None:
             shown.update("exporting and checking the graphs")
             built = build_bundle(arguments.out, prepared.options, prepared.guide)
         else:
-            built = _hardened(arguments, dataset, prepared.options, recipe, prepared.network, console, progress)
+            built = _hardened(arguments, dataset, prepared, recipe, console, progress)
     print(
         f"{built.bundle}  {built.bundle.stat().st_size / 1e3:.0f} KB, id {built.bundle_id}: for devices and server\n"
         f"{built.back}  {'trained' if prepared.network else 'initial'} weights of the back: for the server\n"
@@ -142,9 +163,8 @@ def build(arguments: argparse.Namespace) -> int:
 def _hardened(
     arguments: argparse.Namespace,
     dataset: Dataset,
-    options: BuildOptions,
+    prepared: Prepared,
     recipe: Recipe,
-    network: Any,
     console: Console,
     progress: Progress,
 ) -> Built:
@@ -155,12 +175,13 @@ def _hardened(
     from export.prepare import train_undefended
     from export.trade_off import weigh
 
+    options, guide, network = prepared.options, prepared.guide, prepared.network
     plain = None if arguments.no_comparison else train_undefended(dataset.train, options, recipe, progress=progress)
     with tempfile.TemporaryDirectory() as folder:
-        trial = build_bundle(Path(folder) / "trial.psgl", options, None, network=network)
+        trial = build_bundle(Path(folder) / "trial.psgl", options, guide, network=network)
         found = weigh(trial.bundle, dataset.test, undefended=plain, seed=arguments.seed)
     console.print(f"trade-off: {found}", highlight=False)
-    return build_bundle(arguments.out, options, None, network=network)
+    return build_bundle(arguments.out, options, guide, network=network)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -209,11 +209,11 @@ class _Builder:
         guide = functools.partial(functional_call, self.guide, _group(tensors, "guide."))
         how = self.perturbation.normalisation
         result = perturb(guide, tensors["x"], tensors["label"], normalisation=how, epsilon=tensors["epsilon"])
-        seen = front_input(result.perturbed, result.map, self.downsample)
+        seen = front_input(result.perturbed, result.map if self.perturbation.map_channel else None, self.downsample)
         return seen, {"perturbed": result.perturbed, "map": result.map, "guide": result.guide}
 
     def _activations_like(self, example: Tensor) -> Tensor:
-        scaled = example if self.guide is not None else None
+        scaled = example if self.perturbation is not None and self.perturbation.map_channel else None
         try:
             with torch.no_grad():
                 activations = self.settled(front_input(example, scaled, self.downsample))

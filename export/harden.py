@@ -7,6 +7,7 @@ by the same loop with another penalty.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from edge_sdk.batch import Samples, as_batch, as_labels
 from export.defences import DEFENCES, Defence, defence_for
 from export.errors import ExportError
-from server_sdk.reference.perturbation import front_input
+from server_sdk.reference.perturbation import Perturbation, front_input, perturb
 from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.reference.split import split
 
@@ -28,6 +29,7 @@ __all__ = ["Progress", "Recipe", "recipe_for", "train_network"]
 Progress = Callable[[str, int, int, float], None]
 """Called with (stage, steps done, of how many, loss)."""
 
+_Sees = Callable[[Tensor], Tensor]
 _WARM_UP = 0.2
 _RAMP = (0.1, 0.3)  # the penalty is off before, and whole after these shares of the steps
 _REPORT_EVERY = 20
@@ -114,6 +116,7 @@ def train_network(
     seed: int,
     input_range: tuple[float, float] | None = None,
     teacher: ModelSpec | None = None,
+    attack: tuple[Perturbation, nn.Module] | None = None,
     progress: Progress | None = None,
 ) -> nn.Sequential:
     """Train a whole network, front and back, with a defence at its cut.
@@ -128,6 +131,8 @@ def train_network(
             number of threads the same seed gives the same weights.
         input_range: of samples in a sensor's own units, see ``as_batch``.
         teacher: the teachers' network; needed where the recipe has some.
+        attack: what the device does to its input, and the guide that steers it, which has seen none of the samples;
+            the front sees what is left, the teachers see the samples.
 
     Returns:
         The network in evaluation mode, on the CPU.
@@ -149,18 +154,40 @@ def train_network(
         judged = _judgements(x, target, teacher, recipe, seed, samples.groups, progress)
         target = (1 - recipe.teacher) * target + recipe.teacher * judged
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return _fit(x, target, model, recipe, seed, "training", progress)
+        return _fit(x, target, model, recipe, seed, "training", progress, _sees(attack, recipe, device))
+
+
+def _sees(attack: tuple[Perturbation, nn.Module] | None, recipe: Recipe, device: torch.device) -> _Sees:
+    """What the front makes of samples before its first layer."""
+    if attack is None:
+        return lambda x: front_input(x, None, recipe.downsample)
+    perturbation, guide = attack[0], copy.deepcopy(attack[1]).to(device).eval().requires_grad_(False)
+    how, epsilon = perturbation.normalisation, perturbation.epsilon
+
+    def sees(x: Tensor) -> Tensor:
+        decided = torch.full((len(x),), -1, device=x.device)
+        sent = perturb(guide, x, decided, normalisation=how, epsilon=epsilon)
+        return front_input(sent.perturbed, sent.map if perturbation.map_channel else None, recipe.downsample)
+
+    return sees
 
 
 def _fit(
-    x: Tensor, target: Tensor, model: ModelSpec, recipe: Recipe, seed: int, stage: str, progress: Progress | None
+    x: Tensor,
+    target: Tensor,
+    model: ModelSpec,
+    recipe: Recipe,
+    seed: int,
+    stage: str,
+    progress: Progress | None,
+    sees: _Sees,
 ) -> nn.Sequential:
     torch.manual_seed(seed)
     network = build(model, seed).to(x.device).train()
     front, back = split(network, model.cut)
     network.eval()
     with torch.no_grad():
-        cut_shape = tuple(front(front_input(x[:1], None, recipe.downsample)).shape[1:])
+        cut_shape = tuple(front(sees(x[:1])).shape[1:])
     network.train()
     defence = defence_for(
         recipe.defence,
@@ -180,7 +207,7 @@ def _fit(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _rate(share)
         chosen = torch.randint(len(x), (recipe.batch,)).to(x.device)
-        loss = _step(x[chosen], target[chosen], front, back, defence, optimizer, recipe, _ramp(share))
+        loss = _step(x[chosen], target[chosen], front, back, defence, optimizer, recipe, _ramp(share), sees)
         if step % _REPORT_EVERY == _REPORT_EVERY - 1 or step == recipe.steps - 1:
             value = float(loss)
             if not math.isfinite(value):
@@ -199,9 +226,10 @@ def _step(
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     ramp: float,
+    sees: _Sees,
 ) -> Tensor:
     seen = _augmented(x, recipe)
-    activations = front(front_input(seen, None, recipe.downsample))
+    activations = front(sees(seen))
     logits = back(activations + recipe.noise * torch.randn_like(activations))
     loss = nn.functional.cross_entropy(logits, target)
     if ramp > 0:
@@ -263,13 +291,15 @@ def _judgements(
         learning_rate=2e-3,
     )
     judged = torch.zeros_like(target)
+    sees = _sees(None, recipe, x.device)
     for number, part in enumerate(np.array_split(present, recipe.folds), start=1):
         held = torch.from_numpy(np.flatnonzero(np.isin(names, part))).to(x.device)
         kept = torch.from_numpy(np.flatnonzero(~np.isin(names, part))).to(x.device)
         stage = f"teacher {number} of {recipe.folds}"
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            teacher = _fit(x[kept], target[kept], model, plain, seed + 1000 * number, stage, progress).to(x.device)
+            teacher = _fit(x[kept], target[kept], model, plain, seed + 1000 * number, stage, progress, sees)
+            teacher = teacher.to(x.device)
         with torch.inference_mode():
             for rows in torch.split(held, 512):
-                judged[rows] = torch.softmax(teacher(front_input(x[rows], None, recipe.downsample)), dim=1)
+                judged[rows] = torch.softmax(teacher(sees(x[rows])), dim=1)
     return judged

@@ -46,16 +46,16 @@ def check_parity(
     x = torch.rand(_BATCH, *input_shape, generator=generator)
     label = torch.full((_BATCH,), -1)
     given: dict[str, npt.NDArray[Any]] = {**graphs.tensors, "x": x.numpy(), "label": label.numpy()}
-    attack: Tensor | None = None
-    seen = x
+    seen, shown = x, None
     expected: dict[str, Tensor] = {}
     if perturbation is not None and guide is not None:
         given["epsilon"] = np.array(perturbation.epsilon, np.float32)
         result = perturb(guide, x, label, normalisation=perturbation.normalisation, epsilon=perturbation.epsilon)
-        seen, attack = result.perturbed.detach(), result.map.detach()
-        expected = {"perturbed": seen, "map": attack, "guide": result.guide.detach()}
+        seen, scaled = result.perturbed.detach(), result.map.detach()
+        shown = scaled if perturbation.map_channel else None
+        expected = {"perturbed": seen, "map": scaled, "guide": result.guide.detach()}
     with torch.no_grad():
-        added = torch.zeros_like(copy.deepcopy(front).eval()(front_input(seen, attack, downsample)))
+        added = torch.zeros_like(copy.deepcopy(front).eval()(front_input(seen, shown, downsample)))
     if noise:
         added = torch.randn(added.shape, generator=generator)
         given["noise"] = added.numpy()
@@ -64,7 +64,7 @@ def check_parity(
         outputs = _run(graph, given)
         twin = copy.deepcopy(front).train(training)
         with torch.no_grad():
-            activations = twin(front_input(seen, attack, downsample)) + added
+            activations = twin(front_input(seen, shown, downsample)) + added
         return outputs, _compare(name, outputs, {**expected, "activations": activations})
 
     _, worst = forward("infer", graphs.infer, training=False)
@@ -78,7 +78,7 @@ def check_parity(
         if optimizer.kind == "adam"
         else torch.optim.SGD(twin.parameters(), optimizer.learning_rate, optimizer.momentum)
     )
-    activations = twin(front_input(seen, attack, downsample))
+    activations = twin(front_input(seen, shown, downsample))
     gradient = torch.randn(activations.shape, generator=generator)
     activations.backward(gradient)
     stepper.step()

@@ -8,11 +8,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from edge_sdk.errors import ConfigError, PsglError
 from export.harden import Recipe
 from server_sdk.audit.attacks import Attack, Averaging, LearnedDecoder, WhiteBox
+from server_sdk.reference.perturbation import Normalisation
 from server_sdk.reference.profiles import PROFILES
 
 __all__ = ["ATTACKS", "AttackOptions", "DataOptions", "Plan", "ProfileOptions", "Stage", "read_plan"]
@@ -107,18 +108,24 @@ class ProfileOptions:
     Attributes:
         profile: a name of ``PROFILES``.
         recipe: fields of ``Recipe`` that differ from what suits the data, for a front that is trained at export time.
-        noise: in place of the profile's.
+        noise, perturb, epsilon: in place of the profile's, as in ``BuildOptions``.
     """
 
     profile: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     noise: float | None = None
+    perturb: str | None = None
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise ConfigError(f"there is no profile {self.profile!r}: use one of {', '.join(PROFILES)}")
         if self.noise is not None and not (math.isfinite(self.noise) and self.noise >= 0):
             raise ConfigError(f"noise is {self.noise:g}: give a number of at least 0")
+        if self.perturb not in (None, "none", *get_args(Normalisation)):
+            raise ConfigError(f"perturb is {self.perturb!r}: it is none, {' or '.join(get_args(Normalisation))}")
+        if self.epsilon is not None and not 0 <= self.epsilon <= 1:
+            raise ConfigError(f"epsilon is {self.epsilon:g}: it is 0 to 1, in units of the input's range")
         if "compute" in self.recipe:
             raise ConfigError("where a recipe trains is no part of a plan: use --compute")
         if self.recipe and not PROFILES[self.profile].frozen:

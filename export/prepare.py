@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from edge_sdk.batch import Samples
-from export.build import BuildOptions, model_of, prepare_guide, profile_of
+from export.build import BuildOptions, model_of, perturbation_of, prepare_guide, profile_of
 from export.errors import ExportError
 from export.harden import Progress, Recipe, recipe_for, train_network
 from server_sdk.reference.guide import Guide
@@ -23,7 +23,7 @@ class Prepared:
 
     Attributes:
         options: as they were given, with the noise that the network was trained for.
-        guide: or None where the profile does not perturb.
+        guide: or None where nothing is perturbed.
         network: trained, or None where devices train the front.
     """
 
@@ -37,16 +37,19 @@ def prepare(
     options: BuildOptions,
     recipe: Recipe | None = None,
     *,
+    guide_samples: Samples | None = None,
     guide_epochs: int = 30,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Fit the guide or train the network of the options' profile.
+    """Fit the guide, train the network of the options' profile, or both.
+
+    A guide must never see what it perturbs.
 
     Args:
-        samples: that no device perturbs, for a guide must never see what it perturbs; for a frozen front, what it is
-            trained on.
+        samples: what a frozen front is trained on, and what the guide is fitted on where it has no samples of its own.
         recipe: of the training, but for ``downsample``, which is the options'; None: ``recipe_of`` these options.
-        guide_epochs: passes of the guide over the samples.
+        guide_samples: no device's, and none of those that a frozen front is trained on.
+        guide_epochs: passes of the guide over its samples.
 
     Raises:
         ExportError, ModelError, BatchError: options, network or samples that cannot be used.
@@ -54,8 +57,24 @@ def prepare(
     profile = profile_of(options.profile)
     model = model_of(options)
     frozen = profile.frozen if options.frozen is None else options.frozen
-    if frozen and profile.perturbation is not None:
-        raise ExportError(f"a front of profile {options.profile!r} is not trained here: leave it to devices")
+    perturbation = perturbation_of(options)
+    guide = None
+    if perturbation is not None:
+        if frozen and guide_samples is None:
+            raise ExportError("a front that is trained here on what a guide perturbs: give that guide's own samples")
+
+        def report(done: int, of: int, loss: float) -> None:
+            if progress is not None:
+                progress("fitting the guide", done, of, loss)
+
+        guide = prepare_guide(
+            samples if guide_samples is None else guide_samples,
+            len(options.classes),
+            seed=options.seed,
+            epochs=guide_epochs,
+            input_range=options.input_range,
+            progress=report,
+        )
     if frozen:
         recipe = replace(recipe_of(options) if recipe is None else recipe, downsample=options.downsample)
         network = train_network(
@@ -66,26 +85,16 @@ def prepare(
             classes=len(options.classes),
             seed=options.seed,
             input_range=options.input_range,
-            teacher=model_of(replace(options, profile="vanilla", model=None)),
+            teacher=model_of(_undefended(options)),
+            attack=None if guide is None or perturbation is None else (perturbation, guide),
             progress=progress,
         )
-        return Prepared(replace(options, noise=recipe.noise), None, network)
-    if profile.perturbation is None:
-        return Prepared(options, None, None)
-
-    def report(done: int, of: int, loss: float) -> None:
-        if progress is not None:
-            progress("fitting the guide", done, of, loss)
-
-    guide = prepare_guide(
-        samples,
-        len(options.classes),
-        seed=options.seed,
-        epochs=guide_epochs,
-        input_range=options.input_range,
-        progress=report,
-    )
+        return Prepared(replace(options, noise=recipe.noise), guide, network)
     return Prepared(options, guide, None)
+
+
+def _undefended(options: BuildOptions) -> BuildOptions:
+    return replace(options, profile="vanilla", model=None, perturb=None, epsilon=None)
 
 
 def recipe_of(options: BuildOptions) -> Recipe:
@@ -126,7 +135,7 @@ def train_undefended(
     )
     return train_network(
         samples,
-        model_of(replace(options, profile="vanilla", model=None)),
+        model_of(_undefended(options)),
         plain,
         input_shape=options.input_shape,
         classes=len(options.classes),

@@ -148,9 +148,11 @@ def _table(found: Found, figures: dict[str, float], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("data", "profile", "seeds", "accuracy", "AUC", "lost", "AUC lost", "excess", "bytes", "bits"):
-        table.add_column(heading, justify="left" if heading in ("data", "profile") else "right")
+    excess = "excess: SSIM (of signals correlation) beyond what the decision alone tells; lost: points"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=excess, caption_justify="left")
+    for heading in ("data", "profile", "seeds", "acc.", "AUC", "lost", "AUC\nlost", "excess", "bytes", "bits"):
+        name = heading in ("data", "profile")
+        table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     for data, profile in found:
 
         def of(name: str, form: str, scale: float = 1.0, key: str = f"audit.{data}.{profile}") -> str:
@@ -166,7 +168,7 @@ def _table(found: Found, figures: dict[str, float], console: Console) -> None:
             of("auc", ".1f", 100),
             of("accuracy_lost_points", "+.2f"),
             of("auc_lost_points", "+.2f"),
-            of("worst_corr_excess" if signal else "worst_ssim_excess", "+.4f") + (" corr." if signal else " SSIM"),
+            of("worst_corr_excess" if signal else "worst_ssim_excess", "+.4f"),
             of("bytes_per_sample", ",.0f"),
             of("bits_per_sample", ",.1f"),
         )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from edge_sdk.batch import Dataset, Samples, load_dataset
 from edge_sdk.errors import BatchError, PsglError
 from edge_sdk.version import __version__
-from export.build import BuildOptions, build_bundle, class_names, measured_range
+from export.build import BuildOptions, build_bundle, class_names, measured_range, perturbation_of
 from export.errors import ExportError
 from export.harden import Recipe
 from export.plan import AttackOptions, DataOptions, ProfileOptions
@@ -244,11 +244,11 @@ class Unit:
     def _division(self) -> Division:
         return divide(self._dataset, foe=self.data[1].foe, seed=self.seed)
 
-    def _shares(self) -> tuple[Samples, Division]:
-        """What the bundle is made of, and who has which samples then: a guide's are no longer the device's."""
+    def _shares(self) -> tuple[Samples | None, Division]:
+        """The guide's samples, if there is a guide, and who has which others: the guide's are not the device's."""
         division = self._division
-        if PROFILES[self.profile[1].profile].perturbation is None:
-            return division.train, division
+        if perturbation_of(self._options()) is None:
+            return None, division
         whole = Dataset(division.train, division.victims, self._dataset.classes)
         halves = divide(whole, foe=self.data[1].guide, seed=self.seed)
         return halves.auxiliary, replace(division, train=halves.train)
@@ -277,8 +277,8 @@ class Unit:
             return self._loaded()
         for stale in self.path.glob("*.json"):
             stale.unlink()  # what was found of another training
-        mine, division = self._shares()
-        self._bundle(mine, say)
+        guide_samples, division = self._shares()
+        self._bundle(division.train, guide_samples, say)
 
         def event(what: dict[str, Any]) -> None:
             if what["event"] == "round" and what["round"] % 20 == 0:
@@ -299,20 +299,22 @@ class Unit:
             self._dataset.input_shape,
             class_names(self._dataset.classes),
             seed=self.seed,
+            perturb=cast(Literal["sign", "max", "none"] | None, self.profile[1].perturb),
+            epsilon=self.profile[1].epsilon,
             noise=self.profile[1].noise,
         )
 
     def _recipe(self) -> Recipe:
         return replace(recipe_of(self._options()), compute=self.compute, **self.profile[1].recipe)
 
-    def _bundle(self, samples: Samples, say: Say) -> None:
+    def _bundle(self, samples: Samples, guide_samples: Samples | None, say: Say) -> None:
         measured = self._dataset.input_range or measured_range(self._division.train)
         options = replace(self._options(), input_range=measured)
 
         def progress(stage: str, done: int, of: int, loss: float) -> None:
             say(f"{self.name}: {stage}, {done} of {of}, loss {loss:.4f}")
 
-        made = prepare(samples, options, self._recipe(), progress=progress)
+        made = prepare(samples, options, self._recipe(), guide_samples=guide_samples, progress=progress)
         build_bundle(self.path / "net.psgl", made.options, made.guide, network=made.network)
 
     @property

@@ -53,6 +53,7 @@ class Twin:
             raise ModelError(f"the front lacks {sorted(missing)[0]}: export the bundle again")
         self._front.requires_grad_(False)
         self._perturbs = manifest.normalisation is not None
+        self._map_channel = self._perturbs and part.map_channel
         self._downsample = self._blocks(manifest.input_shape)
         probes = np.random.default_rng(0).random((_PROBES, *manifest.input_shape), dtype=np.float32)
         with torch.inference_mode():
@@ -66,7 +67,7 @@ class Twin:
         if self._perturbs:
             perturbed, moved = self._victim.perturb(x.detach().numpy())
             shifted = x + (torch.from_numpy(perturbed) - x.detach())
-            seen = front_input(shifted, torch.from_numpy(moved), self._downsample)
+            seen = front_input(shifted, torch.from_numpy(moved) if self._map_channel else None, self._downsample)
         activations: Tensor = self._front(seen)
         return activations
 
@@ -75,6 +76,6 @@ class Twin:
         first = next((layer for layer in self._front.modules() if isinstance(layer, nn.Conv1d | nn.Conv2d)), None)
         channels = 0 if first is None else first.in_channels
         for factor in (1, 2):
-            if channels == shape[0] * factor ** len(shape[1:]) + self._perturbs:
+            if channels == shape[0] * factor ** len(shape[1:]) + self._map_channel:
                 return factor
         raise ModelError("the front does not begin with a convolution of the input's channels")

@@ -39,10 +39,12 @@ class Perturbation:
             largest moves by it).
         epsilon: the L-infinity budget in units of the input's range, 0 to 1; the default of the graphs'
             ``epsilon`` input.
+        map_channel: the front sees the map as one more channel.
     """
 
     normalisation: Normalisation = "sign"
     epsilon: float = 0.2
+    map_channel: bool = True
 
     def __post_init__(self) -> None:
         if self.normalisation not in ("sign", "max"):

@@ -34,6 +34,7 @@ class ServerPart:
         gradient_from: ``fused`` (paper) or ``all``: whose gradient goes back to the device.
         threshold: of the recovery, relative to the largest singular value.
         base_weights: of the decision fusion, by stream.
+        map_channel: where the device perturbs, its front sees the map as one more channel.
     """
 
     model: ModelSpec
@@ -43,6 +44,7 @@ class ServerPart:
     gradient_from: Literal["fused", "all"] = "fused"
     threshold: float = 0.1
     base_weights: Mapping[str, float] = field(default_factory=lambda: dict(BASE_WEIGHTS))
+    map_channel: bool = True
 
     def as_manifest(self) -> dict[str, Any]:
         """As JSON values."""
@@ -65,6 +67,7 @@ class ServerPart:
                 gradient_from=cast(Literal["fused", "all"], part["gradient_from"]),
                 threshold=float(part["threshold"]),
                 base_weights={str(name): float(weight) for name, weight in part["base_weights"].items()},
+                map_channel=bool(part.get("map_channel", True)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ModelError(f"the bundle does not say how to train its back ({exc}): export it again") from exc

@@ -14,7 +14,7 @@ from edge_sdk.batch import Samples, as_batch
 from edge_sdk.bundle import load_bundle
 from edge_sdk.errors import BatchError
 from edge_sdk.front import Front, FrontState
-from export.build import BuildOptions, build_bundle, class_names, measured_range, prepare_guide
+from export.build import BuildOptions, build_bundle, class_names, measured_range, model_of, prepare_guide
 from export.errors import ExportError
 from export.graphs import Optimizer, build_graphs
 from export.parity import check_parity
@@ -25,6 +25,7 @@ from server_sdk.reference.perturbation import Perturbation, front_input
 from server_sdk.reference.profiles import PROFILES, ServerPart
 from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.reference.split import split
+from server_sdk.streams import STREAMS
 
 OPTIONS = BuildOptions("vanilla", (1, 8, 8), class_names(3))
 HARDENED = ModelSpec(
@@ -129,6 +130,38 @@ def test_what_stands_in_the_place_of_the_profiles(tmp_path: Path) -> None:
     assert (manifest.noise, manifest.noise_kind, manifest.bits) == (0.5, "laplace", 2)
     assert manifest.span == (float(np.float32(-0.1)), float(np.float32(0.7)))
     assert not manifest.frozen and manifest.bound == 0
+
+
+def test_perturbation_and_streams_are_switches(tmp_path: Path, guide: Guide) -> None:
+    off = replace(OPTIONS, profile="paper", perturb="none", streams=("attacked",))
+    assert model_of(off) == model_of(OPTIONS)
+    manifest = load_bundle(build_bundle(tmp_path / "x.psgl", off, None).bundle).manifest
+    assert (manifest.normalisation, manifest.server["streams"]) == (None, ["attacked"])
+    on = replace(OPTIONS, perturb="max", epsilon=0.1, streams=("attacked", "fused"))
+    manifest = load_bundle(build_bundle(tmp_path / "y.psgl", on, guide).bundle).manifest
+    assert (manifest.normalisation, manifest.epsilon) == ("max", 0.1)
+    assert manifest.server["map_channel"] and manifest.server["streams"] == ["attacked", "fused"]
+    assert model_of(on).arguments["in_channels"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"epsilon": 0.1}, "no perturbation to spend it"),
+        ({"profile": "paper", "perturb": "none", "epsilon": 0.1}, "no perturbation to spend it"),
+        ({"streams": ()}, "streams are none"),
+        ({"streams": ("attacked", "other")}, "name some of attacked, recovered, fused"),
+    ],
+)
+def test_switches_that_cannot_be(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=words):
+        build_bundle(tmp_path / "x", replace(OPTIONS, **options), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_code_has_nothing_to_recover(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="vectors of 32 values, of which there is nothing to recover"):
+        build_bundle(tmp_path / "x", replace(FROZEN, streams=STREAMS), None, network=build(HARDENED, 5))
 
 
 def test_the_range_of_a_sensor_comes_from_its_samples() -> None:

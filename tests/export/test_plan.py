@@ -35,12 +35,13 @@ def read(folder: Path, text: str) -> Plan:
 
 def test_the_example_is_a_plan() -> None:
     plan = read_plan(EXAMPLE)
-    assert set(plan.data) == {"mnist_10k", "breastmnist", "mitbih"} and len(plan.stages) == 4
+    assert set(plan.data) == {"mnist_10k", "breastmnist", "mitbih"} and len(plan.stages) == 6
     heart = plan.data["mitbih"]
     assert heart.file == EXAMPLE.parent / "mitbih_beats.npz" and (heart.rest, heart.group) == (0, "rec_train")
     assert plan.data["breastmnist"].merge == ("x_val", "y_val")
     assert plan.stages[0].profiles == ("vanilla", "hardened") and plan.attack.width == 32
-    assert set(PROFILES) == set(plan.profiles) == {name for stage in plan.stages for name in stage.profiles}
+    assert set(plan.profiles) == {name for stage in plan.stages for name in stage.profiles}
+    assert set(PROFILES) == {each.profile for each in plan.profiles.values()}
 
 
 def test_a_plan_may_give_a_profile_another_name_and_recipe(tmp_path: Path) -> None:
@@ -78,6 +79,12 @@ def test_a_plan_may_give_a_profile_another_name_and_recipe(tmp_path: Path) -> No
         ('profile = "hardened"', 'profile = "hard"', "there is no profile 'hard': use one of vanilla"),
         ('profile = "hardened"', 'profile = "vanilla"', "devices train the front of 'vanilla'"),
         ('profile = "hardened"', 'profile = "hardened"\nnoise = -1', "noise is -1"),
+        (
+            'profile = "hardened"',
+            'profile = "hardened"\nperturb = "much"',
+            "perturb is 'much': it is none, sign or max",
+        ),
+        ('profile = "hardened"', 'profile = "hardened"\nepsilon = 2', "epsilon is 2: it is 0 to 1"),
         ("{strength = 1, steps = 20}", "3", "profile.strong.recipe is 3"),
         ("{strength = 1, steps = 20}", "{strenth = 1}", "recipe has no 'strenth': it has defence, steps"),
         ("{strength = 1, steps = 20}", "{steps = 0}", "profile.strong: recipe: steps"),

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from edge_sdk.batch import Samples
+from edge_sdk.batch import Samples, as_batch
 from edge_sdk.bundle import load_bundle
+from edge_sdk.front import Front
 from export.build import BuildOptions, build_bundle, class_names, model_of
 from export.errors import ExportError
 from export.prepare import prepare, recipe_of, train_undefended
@@ -80,8 +82,37 @@ def test_what_cannot_be_prepared_is_refused(samples: Draw) -> None:
     spec = ModelSpec("nowhere:nothing", {}, "cut")
     with pytest.raises(ExportError, match="no profile 'nothing'"):
         prepare(samples(30, 1), BuildOptions("nothing", SHAPE, class_names(3), model=spec))
-    with pytest.raises(ExportError, match="leave it to devices"):
-        prepare(samples(30, 1), BuildOptions("paper", SHAPE, class_names(3), frozen=True))
+    with pytest.raises(ExportError, match="give that guide's own samples"):
+        prepare(samples(30, 1), options_of("hardened", perturb="sign"))
+
+
+def test_a_front_that_is_trained_here_can_be_trained_on_what_is_perturbed(samples: Draw, tmp_path: Path) -> None:
+    """The whole way: guide, network behind the perturbation, graphs, and what the device's front then sees."""
+    plain, watched, perturbed = (
+        options_of("hardened", perturb=how, epsilon=epsilon)
+        for how, epsilon in ((None, None), ("sign", 0.0), ("sign", 0.3))
+    )
+    recipe = replace(recipe_of(plain), steps=3)
+    mine, theirs = samples(30, 1), samples(40, 2)
+    networks = []
+    for options in (plain, watched, perturbed):
+        made = prepare(mine, options, recipe, guide_samples=theirs, guide_epochs=1)
+        assert made.network is not None and (made.guide is None) == (options is plain)
+        networks.append(made.network.state_dict())
+        built = build_bundle(tmp_path / "net.psgl", made.options, made.guide, network=made.network)
+        bundle = load_bundle(built.bundle)
+        assert bundle.manifest.frozen and not bundle.manifest.server["map_channel"]
+        front = Front(bundle, noise_key=bytes(32))
+        state = front.initial_state()
+        x = as_batch(samples(6, 3).x, SHAPE, max_batch=6)
+        done = front.forward(state, x, None, training=False, noise=0.0)
+        moved = np.abs(done.perturbed - x).max()
+        assert moved == pytest.approx(0.3 if options is perturbed else 0.0, abs=1e-6)
+        still = front.forward(state, x, None, training=False, epsilon=0.0, noise=0.0)
+        assert (np.abs(still.activations - done.activations).max() > 1e-3) == (options is perturbed)
+    first, same, other = networks
+    assert all(torch.equal(first[name], same[name]) for name in first), "a budget of 0 changes nothing"
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
 def test_the_undefended_network_is_vanillas_and_the_seeds(samples: Draw) -> None:

@@ -65,6 +65,8 @@ def test_all_that_decides_names_the_folder(unit: Unit, tmp_path: Path, samples: 
         ),
         replace(unit, profile=("vanilla", ProfileOptions("gaussian"))),
         replace(unit, profile=("vanilla", ProfileOptions("vanilla", noise=0.5))),
+        replace(unit, profile=("vanilla", ProfileOptions("vanilla", perturb="max"))),
+        replace(unit, profile=("vanilla", ProfileOptions("vanilla", perturb="max", epsilon=0.1))),
         replace(unit, profile=("vanilla", ProfileOptions("hardened"))),
         replace(unit, profile=("vanilla", ProfileOptions("hardened", recipe={"strength": 1.0}))),
     ]
@@ -167,11 +169,16 @@ def test_nothing_is_found_before_floor_and_a_real_attack(unit: Unit) -> None:
 
 def test_the_guides_samples_are_not_the_devices(unit: Unit) -> None:
     guide, division = replace(unit, profile=("paper", ProfileOptions("paper")))._shares()
+    assert guide is not None
     rows = {each.tobytes() for each in guide.x}
     assert len(guide) and not rows & {each.tobytes() for each in division.train.x}
     assert len(guide) + len(division.train) + len(division.auxiliary) == 60
-    whole, division = unit._shares()
-    assert np.array_equal(whole.x, division.train.x)
+    watched = replace(unit, profile=("watched", ProfileOptions("hardened", perturb="sign", epsilon=0.0)))
+    theirs, others = watched._shares()
+    assert theirs is not None and (theirs.x == guide.x).all() and (others.train.x == division.train.x).all()
+    for unguided in (unit, replace(unit, profile=("hardened", ProfileOptions("hardened")))):
+        none, whole = unguided._shares()
+        assert none is None and len(whole.train) + len(whole.auxiliary) == 60
 
 
 def test_data_is_read_as_the_plan_says(tmp_path: Path, samples: Draw) -> None:
