@@ -48,12 +48,12 @@ class Outcome:
 
     @property
     def excess(self) -> dict[str, float | None]:
-        """Beyond the floor: ``ssim`` and ``correlation`` above it, ``nmse_deficit`` the share below it."""
+        """Beyond the floor: ``ssim`` and ``correlation`` above it, ``nmse_deficit`` the share below it, 0 where it is perfect."""
         mine, floor = self.likeness, self.floor
         return {
             "ssim": None if mine.ssim is None or floor.ssim is None else mine.ssim - floor.ssim,
             "correlation": mine.correlation - floor.correlation,
-            "nmse_deficit": 1.0 - mine.nmse / floor.nmse,
+            "nmse_deficit": 1.0 - mine.nmse / floor.nmse if floor.nmse > 0 else 0.0,
         }
 
     def as_fields(self) -> dict[str, Any]:

@@ -45,5 +45,5 @@ def test_a_front_that_hides_nothing_shows_more(built: dict[str, Any], samples: D
 
 def test_too_few_samples_are_refused(built: dict[str, Any], samples: Draw) -> None:
     assert isinstance(weigh(built["hardened"].path, samples(LEAST_HELD_OUT, 5), epochs=1), TradeOff)
-    with pytest.raises(ExportError, match="7 held-out samples are too few to measure anything: give at least 8"):
+    with pytest.raises(ExportError, match="19 held-out samples are too few to measure anything: give at least 20"):
         weigh(built["hardened"].path, samples(LEAST_HELD_OUT - 1, 5), epochs=1)

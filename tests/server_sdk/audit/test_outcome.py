@@ -43,6 +43,8 @@ def test_excess_is_counted_from_the_floor() -> None:
     floor = replace(mine, nmse=0.8, correlation=0.6, ssim=0.1)
     outcome = Outcome("a", mine, floor, 0.5, made)
     assert outcome.excess == pytest.approx({"ssim": 0.3, "correlation": 0.1, "nmse_deficit": 0.375})
+    perfect = Outcome("a", mine, replace(floor, nmse=0.0), 0.5, made)
+    assert perfect.excess["nmse_deficit"] == 0.0
     signal = Outcome("a", replace(mine, ssim=None), floor, 0.5, made)
     assert signal.excess["ssim"] is None
     assert worst_of([outcome, Outcome("b", floor, floor, 0.5, made)]) is outcome
