@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def excess(self) -> dict[str, float | None]:
-        """Beyond the floor: ``ssim`` and ``correlation`` above it, ``nmse_deficit`` the share below it, 0 where it is perfect."""
+        """Beyond the floor: ``ssim`` and ``correlation`` above it, ``nmse_deficit`` the share below, 0 of none."""
         mine, floor = self.likeness, self.floor
         return {
             "ssim": None if mine.ssim is None or floor.ssim is None else mine.ssim - floor.ssim,
