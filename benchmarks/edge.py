@@ -1,6 +1,7 @@
 """The device's work beside torch eager on the same machine: perturb and front, backward and optimizer, memory, size.
 
-Profile ``paper`` with its reference front (16 and 32 channels), weights as inputs, one thread on both sides, in turns.
+Profile ``paper`` with its reference front (16 and 32 channels), weights as inputs, in turns. Both sides have one
+thread, and its CPU time is what counts, so that neighbours on a shared machine disturb less.
 ``perturb_front`` is what an inference costs, ``backward`` the rest of a training step after its forward pass, ``step``
 all of it but the wire. Torch does the same with autograd: two backward passes through the guide, then front, backward
 and ``torch.optim.Adam``. ``front`` alone takes what a perturbation would give it. Memory and imports are those of
@@ -127,12 +128,12 @@ class _Pair:
 
     def _backward(self, x: np.ndarray, gradient: np.ndarray, *, whole: bool) -> float:
         state = self._device.initial_state()
-        began = time.perf_counter()
+        began = time.thread_time()
         forward = self._device.forward(state, x, None, training=True)
         if not whole:
-            began = time.perf_counter()
+            began = time.thread_time()
         self._device.backward(state, self._device.prepare(state, forward), gradient, rate=_RATE)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     def _perturbed(self, x: Tensor) -> Tensor:
         """As ``server_sdk.reference.perturbation`` has it, by plain autograd."""
@@ -155,24 +156,24 @@ class _Pair:
         self._front.train()
         optimizer = torch.optim.Adam(self._front.parameters(), _RATE)
         given = torch.from_numpy(gradient)
-        began = time.perf_counter()
+        began = time.thread_time()
         activations = self._front(self._perturbed(torch.from_numpy(x)))
         if not whole:
-            began = time.perf_counter()
+            began = time.thread_time()
         optimizer.zero_grad()
         torch.autograd.backward(activations, given)
         optimizer.step()
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
 
 def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = time.thread_time()
     call()
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 def _in_turns(ways: dict[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
-    """Milliseconds of each way in each turn: the least of the calls that a slice of time holds, for others disturb."""
+    """Milliseconds of each way in each turn: the least of the calls that a slice of time holds."""
     calls = {}
     for name, way in ways.items():
         way()

@@ -6,6 +6,8 @@ whole by whoever keeps the state.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -90,8 +92,8 @@ class Front:
         self._options.intra_op_num_threads = threads
         self._options.inter_op_num_threads = 1
         self._options.log_severity_level = 3
-        # Four arenas that grow by doubling cost more memory than the allocator's own reuse (see edge_sdk/memory.py).
-        self._options.enable_cpu_mem_arena = False
+        _share_one_arena()
+        self._options.add_session_config_entry("session.use_env_allocators", "1")
         self._sessions = {name: self._session(name) for name in bundle.graphs}
         self._inputs = {name: [i.name for i in s.get_inputs()] for name, s in self._sessions.items()}
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
@@ -229,6 +231,18 @@ class Front:
             key: value if key[:2] in _INNER else value.numpy()
             for key, value in zip(self._outputs[name], values, strict=True)
         }
+
+
+@functools.cache
+def _share_one_arena() -> None:
+    """One arena for all sessions of this process: what one has freed serves the next without fresh pages.
+
+    Arenas of their own would each keep its peak and grow by doubling; without any, each pass would pay for its pages.
+    """
+    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    as_requested = ort.OrtArenaCfg(0, 1, -1, -1)
+    with contextlib.suppress(Exception):  # the program that we are in has one registered already: it serves as well
+        ort.create_and_register_allocator(info, as_requested)
 
 
 def _as_value(array: Any) -> Any:
