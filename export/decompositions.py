@@ -24,7 +24,9 @@ from export.rewrite import twice
 
 __all__ = ["DECOMPOSITIONS", "TRANSLATIONS"]
 
-_FLOAT = 1
+_FLOAT, _FLOAT_BYTES = 1, 4
+_LARGE_PATCHES = 1 << 19  # bytes of one sample's patches: beyond, a batch's no longer fit a cache
+_FEW_CHANNELS = 8
 
 aten = torch.ops.aten
 
@@ -144,9 +146,12 @@ def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, 
     """dW^T = im2col(x) @ dY^T, one product over all samples and positions for each group.
 
     The patches need no gradient: on a device they are laid out while it is on its way. With the channels first they are
-    slices side by side, and nothing of theirs is transposed.
+    slices side by side, and nothing of theirs is transposed. Patches of a large grid are never laid out together.
     """
     out, kernel = list(grad.shape[2:]), list(weight.shape[2:])
+    plain = groups == 1 and {*stride, *dilation} == {1}
+    if plain and _FLOAT_BYTES * int(weight.shape[1]) * math.prod(map(int, (*out, *kernel))) > _LARGE_PATCHES:
+        return _weight_gradient_by_taps(grad, x, weight, padding)
     fan_out, axes = int(weight.shape[0]) // groups, _spatial(x)
     x = op.Transpose(x, perm=[1, 0, *axes])
     if any(padding):
@@ -166,6 +171,38 @@ def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, 
         right = op.Transpose(op.Reshape(grad, _ints(groups, fan_out, -1)), perm=[0, 2, 1])
         product = op.Transpose(op.MatMul(op.Reshape(patches, _ints(groups, rows, -1)), right), perm=[0, 2, 1])
     return op.Reshape(product, _ints(*map(int, weight.shape)))
+
+
+def _weight_gradient_by_taps(grad: Any, x: Any, weight: Any, padding: Any) -> Any:
+    """dW[tap] = sum over samples of dY @ x moved by that tap: for stride 1, one product for each tap or row of taps.
+
+    On the padded grid, flattened, a move is a slice in one piece. dY is widened to that grid with zeros, which meet
+    what comes round the edge. Few input channels would starve the product: there, taps of the last axis go together.
+    """
+    fan_out, fan_in, *kernel = map(int, weight.shape)
+    axes, out = _spatial(x), [int(extent) for extent in grad.shape[2:]]
+    wide = [n + k - 1 for n, k in zip(out, kernel, strict=True)]
+    strides = [math.prod(wide[axis + 1 :]) for axis in range(len(wide))]
+    length = sum((n - 1) * step for n, step in zip(out, strides, strict=True)) + 1
+    if any(padding):
+        x = op.Pad(x, _ints(*padding, *padding), None, _ints(*axes))
+    if len(axes) > 1:
+        grad = op.Pad(grad, _ints(*[0] * (len(axes) - 1), *(k - 1 for k in kernel[1:])), None, _ints(*axes[1:]))
+    rows = op.Transpose(op.Reshape(x, _ints(0, fan_in, -1)), perm=[0, 2, 1])
+    grad = op.Slice(op.Reshape(grad, _ints(0, fan_out, -1)), _ints(0), _ints(length), _ints(2))
+    together = kernel[-1] if fan_in < _FEW_CHANNELS else 1
+    if together > 1:
+        most = math.prod(wide) - together + 1
+        moved = [op.Slice(rows, _ints(j), _ints(j + most), _ints(1)) for j in range(together)]
+        rows = op.Concat(*moved, axis=2)
+    products = []
+    for tap in itertools.product(*map(range, [*kernel[:-1], kernel[-1] // together])):
+        first = sum(index * step for index, step in zip(tap, strides, strict=True))
+        piece = op.Slice(rows, _ints(first), _ints(first + length), _ints(1))
+        products.append(op.ReduceSum(op.MatMul(grad, piece), _ints(0), keepdims=1))
+    all_taps = products[0] if len(products) == 1 else op.Concat(*products, axis=0)
+    apart = op.Reshape(all_taps, _ints(len(products), fan_out, together, fan_in))
+    return op.Reshape(op.Transpose(apart, perm=[1, 3, 0, 2]), _ints(fan_out, fan_in, *kernel))
 
 
 def _batch_statistics(x: Any) -> tuple[Any, Any, Any]:

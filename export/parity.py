@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from export.errors import ExportError
 from export.graphs import GraphSet, Optimizer
+from export.optimizer import in_a_row
 from server_sdk.reference.perturbation import Perturbation, front_input, perturb
 
 __all__ = ["TOLERANCE", "check_parity"]
@@ -91,10 +92,11 @@ def check_parity(
         if optimizer.kind == "adam":
             # Adam's first step is the gradient's sign: where the gradient is mere rounding, any sign is right.
             steady[f"next.p.{name}"] = (slope > 1e-3 * slope.max()).numpy()
-            after[f"next.s.{name}.m"] = stepper.state[value]["exp_avg"]
-            after[f"next.s.{name}.v"] = stepper.state[value]["exp_avg_sq"]
         elif optimizer.momentum:
             after[f"next.s.{name}.momentum"] = stepper.state[value]["momentum_buffer"]
+    if optimizer.kind == "adam":
+        for short, long in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+            after[f"next.s.{short}"] = in_a_row({name: stepper.state[v][long] for name, v in twin.named_parameters()})
     after |= {
         f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
     }

@@ -2,7 +2,7 @@
 
 A training step is traced as a whole. ``train`` must end early, for its activations are awaited; what of the backward
 pass needs no gradient (masks, patches for the weights' gradient) can run while the server works; the rest waits for
-the gradient. Nothing is computed twice, and the parts compute the very bits of the whole.
+the gradient, and so do mere views. Nothing is computed twice, and the parts compute the very bits of the whole.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from export.errors import ExportError
 
 __all__ = ["before_inputs", "for_outputs"]
 
+_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice")
 Parts = tuple[bytes, bytes]
 
 
@@ -36,13 +37,20 @@ def before_inputs(model: bytes, late: set[str], prefix: str) -> Parts:
     whole = onnx.load_from_string(model)
     _require(late, (value.name for value in whole.graph.input), "inputs")
     dependent = set(late)
-    first = []
+    first = set()
     for node in whole.graph.node:
         if dependent & set(node.input):
             dependent |= set(node.output)
         else:
-            first.append(node.name)
-    return _cut(whole, set(first), prefix)
+            first.add(node.name)
+    needed = {value.name for value in whole.graph.output}
+    for node in reversed(whole.graph.node):
+        # A view is made where it is used: handing one on would mean a copy of what it looks at.
+        if node.op_type in _VIEWS and not needed & set(node.output):
+            first.discard(node.name)
+        if node.name in first:
+            needed |= set(node.input)
+    return _cut(whole, first, prefix)
 
 
 def for_outputs(model: bytes, outputs: set[str], prefix: str) -> Parts:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
+from export import decompositions
 from export.errors import ExportError
 from export.gradient import TRACE_BATCH, export_graphs
 from export.model import GraphInput, GraphPlan
@@ -174,6 +175,42 @@ def test_matches_finite_differences(zoo, run_fast, name: str) -> None:
         gradient = got["dx" if key == "x" else f"d.{key.removeprefix('p.')}"]
         size = float(np.abs(gradient.astype(np.float64) * along).sum()) + 0.1
         assert abs(slope - float((gradient * along).sum())) < 1e-4 * size, f"{name}: {key}"
+
+
+BY_TAPS = {
+    "thin": Case(lambda: nn.Conv2d(3, 5, 3, padding=1), (3, 7, 6)),
+    "wide": Case(lambda: nn.Conv2d(9, 4, 3, padding=1, bias=False), (9, 5, 8)),
+    "uneven": Case(lambda: nn.Conv2d(8, 4, (2, 4), padding=(0, 2)), (8, 6, 5)),
+    "uneven_thin": Case(lambda: nn.Conv2d(2, 4, (4, 2), padding=(3, 1)), (2, 5, 6)),
+    "pointwise": Case(lambda: nn.Conv2d(8, 3, 1), (8, 4, 5)),
+    "signal": Case(lambda: nn.Conv1d(8, 4, 5, padding=2), (8, 11)),
+    "signal_thin": Case(lambda: nn.Conv1d(2, 4, 4), (2, 9)),
+}
+
+
+def test_weight_gradients_of_large_grids_match_autograd(run_fast, run, close, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decompositions, "_LARGE_PATCHES", 0)
+    layers = _layers(BY_TAPS)
+    graphs = _export(BY_TAPS, layers)
+    for name, case in BY_TAPS.items():
+        for batch in (1, 4):
+            feeds = _feeds(layers[name], case.shape, batch, seed=batch)
+            got = (run if batch == 1 else run_fast)(graphs[name], feeds)
+            for key, value in _autograd(layers[name], feeds).items():
+                close(got[key], value, f"{name}: {key}")
+
+
+def test_only_large_grids_are_done_by_taps() -> None:
+    cases = {
+        "large": Case(lambda: nn.Conv2d(16, 2, 3, padding=1), (16, 32, 32)),
+        "small": Case(lambda: nn.Conv2d(16, 2, 3, padding=1), (16, 14, 14)),
+    }
+    kinds = {
+        name: [node.op_type for node in onnx.load_from_string(graph).graph.node]
+        for name, graph in _export(cases, _layers(cases)).items()
+    }
+    assert kinds["large"].count("MatMul") == 9 and "Gemm" not in kinds["large"]
+    assert kinds["small"].count("Gemm") == 1 and "MatMul" not in kinds["small"]
 
 
 @st.composite

@@ -48,8 +48,8 @@ def test_state_names() -> None:
     assert list(initial_state(Optimizer("sgd", momentum=0.5), weights)) == ["conv1.weight.momentum"]
     adam = initial_state(Optimizer("adam"), weights)
     assert {name: tuple(t.shape) for name, t in adam.items()} == {
-        "conv1.weight.m": (2, 2),
-        "conv1.weight.v": (2, 2),
+        "m": (4,),
+        "v": (4,),
         "t": (),
     }
 

@@ -46,6 +46,33 @@ def test_each_part_holds_only_what_it_needs() -> None:
     assert [tensor.name for tensor in rest.initializer] == ["c"]
 
 
+def test_a_view_is_made_where_it_is_used(run) -> None:
+    """early: a = x * w; a reshaped is used late, x reshaped early."""
+    nodes = [
+        helper.make_node("Mul", ["x", "w"], ["a"], name="n0"),
+        helper.make_node("Reshape", ["a", "flat"], ["row"], name="n1"),
+        helper.make_node("Reshape", ["x", "flat"], ["seen"], name="n2"),
+        helper.make_node("Neg", ["seen"], ["less"], name="n3"),
+        helper.make_node("Mul", ["row", "g"], ["b"], name="n4"),
+        helper.make_node("Add", ["b", "less"], ["y"], name="n5"),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 2]) for name in ("x", "w")]
+    late = helper.make_tensor_value_info("g", TensorProto.FLOAT, ["M"])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M"])
+    graph = helper.make_graph(
+        nodes, "psgl", [*value, late], [output], [helper.make_tensor("flat", TensorProto.INT64, [1], [-1])]
+    )
+    whole = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
+    parts = before_inputs(whole, {"g"}, "r.")
+    early, rest = ([node.op_type for node in onnx.load_from_string(part).graph.node] for part in parts)
+    assert (early, rest) == (["Mul", "Reshape", "Neg"], ["Reshape", "Mul", "Add"])
+    generator = np.random.default_rng(0)
+    feeds = {name: generator.standard_normal((3, 2)).astype(np.float32) for name in ("x", "w")}
+    gradient = {"g": generator.standard_normal(6).astype(np.float32)}
+    expected = run(whole, feeds | gradient)["y"]
+    assert np.array_equal(run(parts[1], gradient | run(parts[0], feeds))["y"], expected)
+
+
 def test_what_some_outputs_need_comes_first(run) -> None:
     generator = np.random.default_rng(0)
     feeds = {name: generator.standard_normal((3, 2)).astype(np.float32) for name in ("x", "w", "g")}
