@@ -11,11 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.batch import Dataset, load_dataset
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.client import EdgeClient
 from edge_sdk.codec import pack_tensors
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
+from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError, ConfigError
 from edge_sdk.front import FrontState
 from edge_sdk.ledger import bits_per_sample
