@@ -7,9 +7,11 @@ The stations in the order in which data passes them: ``batch``, ``bundle`` and `
 from __future__ import annotations
 
 from edge_sdk.bundle import Bundle, load_bundle
-from edge_sdk.client import Decision, EdgeClient, TrainStep
+from edge_sdk.client import EdgeClient
+from edge_sdk.decisions import Decision
 from edge_sdk.errors import PsglError
 from edge_sdk.paho_transport import PahoTransport
+from edge_sdk.steps import TrainStep
 from edge_sdk.transport import Connection
 from edge_sdk.version import __version__
 

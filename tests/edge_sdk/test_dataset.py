@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_sdk.batch import as_batch, batches
+from edge_sdk.batch import Samples, batches
 from edge_sdk.dataset import load_dataset, save_dataset
 from edge_sdk.errors import BatchError
 
