@@ -410,9 +410,16 @@ class EdgeClient(Figures):
             self.stop()
             log("disconnected", **self._record(None))
 
-    def wake(self) -> None:
-        """Connect again after ``hang_up``, and wait for it as long as for a decision."""
-        deadline = time.monotonic() + self._decision_s
+    def pause(self, pause_s: float) -> None:
+        """Do nothing for so long, but what ``turn`` does."""
+        deadline = time.monotonic() + pause_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            self.turn()
+            time.sleep(min(left_s, 0.25))
+
+    def wake(self, wait_s: float | None = None) -> None:
+        """Connect in the background and wait for it: so long, or None for as long as for a decision."""
+        deadline = time.monotonic() + (self._decision_s if wait_s is None else wait_s)
         while self._presence.again and not self._exchange.is_open and time.monotonic() < deadline:
             self.status.enter(Condition.CONNECTING)
             self.turn()
