@@ -12,19 +12,18 @@ from typing import Any
 
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.client import EdgeClient
-from edge_sdk.codec import pack_tensors
 from edge_sdk.config import load_config
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
 from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError, ConfigError
-from edge_sdk.ledger import bits_per_sample
-from edge_sdk.memory import keep_freed_memory, peak_rss_mb
+from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
+from edge_sdk.results import write_results
 from edge_sdk.run_options import add_device_options, open_state
 from edge_sdk.sqlite_state import SqliteState
 from edge_sdk.training import follow
 
-__all__ = ["main"]
+__all__ = ["main", "run_parser"]
 
 _EXAMPLES = """\
   psgl-edge run net.psgl --data ward-1.npz --device ward-1 --host broker.clinic.example --ca ca.pem \\
@@ -39,6 +38,20 @@ _EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``psgl-edge``; returns the exit code."""
+    parser, train = _parsers()
+    arguments = parser.parse_args(argv)
+    if arguments.command == "check":
+        return run(lambda: _check(train, arguments.config), debug=getattr(arguments, "debug", False))
+    return run(lambda: _run(_configured(parser, train, argv, arguments)), debug=getattr(arguments, "debug", False))
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The options of ``psgl-edge run``, which are those of a device's TOML file too."""
+    return _parsers()[1]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole command, and its ``run``."""
     parser = new_parser("psgl-edge", "A device of a split-learning fleet: its data stays here.", _EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
@@ -125,10 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_broker_options(train)
     add_debug(train)
     _add_check(commands)
-    arguments = parser.parse_args(argv)
-    if arguments.command == "check":
-        return run(lambda: _check(train, arguments.config), debug=getattr(arguments, "debug", False))
-    return run(lambda: _run(_configured(parser, train, argv, arguments)), debug=getattr(arguments, "debug", False))
+    return parser, train
 
 
 def _configured(
@@ -216,24 +226,7 @@ def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, 
             measure_clean=arguments.measure_clean,
             on_event=show,
         )
-        if arguments.save_front:
-            _write(arguments.save_front, pack_tensors(client.front.tensors))
-        report = {
-            "name": arguments.device,
-            "steps": client.steps,
-            "unperturbed": client.unperturbed,
-            "samples_sent": client.samples_sent,
-            "bits_per_sample": bits_per_sample(bundle.manifest),
-            "bits_sent": client.bits_sent,
-            "resent": client.traffic.resent,
-            "bytes_sent": client.traffic.bytes_sent,
-            "bytes_received": client.traffic.bytes_received,
-            "rejected": client.traffic.rejected,
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-            "torch_loaded": "torch" in sys.modules,
-        }
-        if arguments.report:
-            _write(arguments.report, json.dumps(report, indent=1).encode())
+        report = write_results(client, arguments.save_front, arguments.report)
         show({"event": "end", **report})
     finally:
         client.stop()
@@ -252,14 +245,6 @@ def _add_check(commands: Any) -> None:
     )
     checks.add_argument("config", type=Path, help="the file that psgl-edge run --config takes")
     add_debug(checks)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 if __name__ == "__main__":

@@ -120,13 +120,8 @@ def reference(parser: argparse.ArgumentParser) -> str:
     actions = {action.dest: action for action in parser._actions}
     lines: list[str] = []
     for table, keys in KEYS.items():
-        lines += [
-            "",
-            f"`[{table}]`" if table else "Before the first table",
-            "",
-            "| key | value | meaning |",
-            "|---|---|---|",
-        ]
+        title = f"`[{table}]`" if table else "Before the first table"
+        lines += ["", title, "", "| key | value | meaning |", "|---|---|---|"]
         for key, dest in keys.items():
             action = actions[dest]
             meaning = (action.help or "").replace("%(default)s", str(action.default)).replace("|", "\\|")
@@ -146,7 +141,7 @@ def _kind(action: argparse.Action) -> str:
 def _checked(where: str, action: argparse.Action, value: Any) -> Any:
     if action.nargs in ("+", 2):
         if not isinstance(value, list) or not value or (action.nargs == 2 and len(value) != 2):
-            raise ConfigError(f"{where} is {_short(value)}: write a {_kind(action)}")
+            raise ConfigError(f"{where} is {_short(value)}: write: {_kind(action)}")
         return [_single(where, action, each) for each in value]
     return _single(where, action, value)
 
@@ -161,8 +156,8 @@ def _single(where: str, action: argparse.Action, value: Any) -> Any:
         wanted = (int, float)
     elif action.dest in ("columns", "time_column"):
         wanted = (int, str)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise ConfigError(f"{where} is {_short(value)}: write a {_kind(action)}")
+    if not any(type(value) is kind for kind in wanted):  # a bool is no int here
+        raise ConfigError(f"{where} is {_short(value)}: write: {_kind(action)}")
     if action.choices is not None and value not in action.choices:
         raise ConfigError(f"{where} is {_short(value)}: write one of {', '.join(map(str, action.choices))}")
     if action.type is Path:
@@ -173,9 +168,7 @@ def _single(where: str, action: argparse.Action, value: Any) -> Any:
 def _unknown(path: Path, table: str, key: str) -> str:
     where = f"in [{table}]" if table else "before the first table"
     if key in _SECRETS:
-        return (
-            f"{path}: {key} {where} is a secret, which does not stand here: write {_SECRETS[key]}, the path of its file"
-        )
+        return f"{path}: {key} {where} is a secret and may not stand here: write {_SECRETS[key]}, the path of its file"
     elsewhere = [other for other, keys in KEYS.items() if key in keys]
     if elsewhere:
         return f"{path}: there is no key {key!r} {where}: it belongs " + (

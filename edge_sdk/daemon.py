@@ -22,6 +22,7 @@ from edge_sdk.logs import configure, log, warn
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.noise import KEY_BYTES
 from edge_sdk.notify import Notifier
+from edge_sdk.results import write_results
 from edge_sdk.run_options import budget_of, limits_of, make_source, open_state, windowing_of
 from edge_sdk.status import Condition
 from edge_sdk.streaming import WindowDecision
@@ -78,6 +79,7 @@ def serve(arguments: argparse.Namespace) -> int:
             try:
                 if dataset is not None:
                     _train(client, dataset, arguments)
+                    write_results(client, arguments.save_front, arguments.report)
                 if _mode(arguments) != "train":
                     _infer(client, arguments)
                 client.status.enter(Condition.DONE)
@@ -88,6 +90,8 @@ def serve(arguments: argparse.Namespace) -> int:
                 counts = client.status.counts
                 log("ended", windows=counts["seen"], refused=counts["refused"], dropped=counts["dropped"])
                 client.stop()
+        return 0
+    except KeyboardInterrupt:  # asked to stop before there was anything to stop
         return 0
     except PsglError as exc:
         condition = Condition.DISK if isinstance(exc, StateError) else Condition.FAILED
@@ -248,9 +252,8 @@ def _write(file: TextIO, path: str, decision: WindowDecision) -> None:
 
 def _check_writable(path: Path) -> None:
     """A file that can be made or written; its folder may be missing yet."""
-    if path.exists() and path.is_file():
-        if not os.access(path, os.W_OK):
-            raise StateError(f"{path} is read-only: make the file and its folder writable")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise StateError(f"{path} is read-only: make the file and its folder writable")
     for folder in (path, *path.resolve().parents):
         if folder.is_dir():
             if not os.access(folder, os.W_OK):
