@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.client import EdgeClient
 from edge_sdk.console import connection_from, stop_on_signals
 from edge_sdk.dataset import Dataset, load_dataset
+from edge_sdk.decision_file import DecisionFile
 from edge_sdk.errors import BatchError, ConfigError, PsglError, RefusedError, StateError, TransportError
 from edge_sdk.front import Front
 from edge_sdk.logs import configure, log, warn
@@ -25,7 +22,6 @@ from edge_sdk.notify import Notifier
 from edge_sdk.results import write_results
 from edge_sdk.run_options import budget_of, limits_of, make_source, open_state, windowing_of
 from edge_sdk.status import Condition
-from edge_sdk.streaming import WindowDecision
 from edge_sdk.topics import check_name
 from edge_sdk.training import follow
 from edge_sdk.windows import Windowing
@@ -209,9 +205,9 @@ def _infer(client: EdgeClient, arguments: argparse.Namespace) -> None:
         silent_s=arguments.silent_s,
         most=arguments.max_windows,
     )
-    with _decisions(arguments.decisions) as file:
+    with DecisionFile(arguments.decisions) as file:
         for each in stream:
-            _write(file, arguments.decisions, each)
+            file.write(each)
 
 
 def _windowing(arguments: argparse.Namespace, bundle: Bundle) -> Windowing | None:
@@ -219,35 +215,6 @@ def _windowing(arguments: argparse.Namespace, bundle: Bundle) -> Windowing | Non
     if windowing is None and arguments.source_kind == "csv":
         raise ConfigError("the bundle takes images, a CSV file has samples of a signal: use kind npz or python")
     return windowing
-
-
-@contextlib.contextmanager
-def _decisions(path: str) -> Iterator[TextIO]:
-    if path == "-":
-        yield sys.stdout
-        return
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    except OSError as exc:
-        raise StateError(f"{path} cannot be written: {exc.strerror or exc}: free space or make it writable") from exc
-    with contextlib.suppress(OSError), os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        yield file
-
-
-def _write(file: TextIO, path: str, decision: WindowDecision) -> None:
-    """Write one decision; it is on its way before the next is made."""
-    line = {
-        "window": decision.number,
-        "at_s": decision.at_s,
-        "class": decision.class_name or None,
-        "by": decision.by,
-        "why": decision.why,
-    }
-    try:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-    except OSError as exc:
-        raise StateError(f"{path} cannot be written: {exc.strerror or exc}: free space or make it writable") from exc
 
 
 def _check_writable(path: Path) -> None:
