@@ -140,6 +140,11 @@ class EdgeClient(Figures):
         return self._state.front
 
     @property
+    def connected(self) -> bool:
+        """Whether there is a connection to the broker now."""
+        return self._exchange.connected
+
+    @property
     def plan(self) -> Plan:
         """The latest announcement of the server.
 
@@ -418,12 +423,14 @@ class EdgeClient(Figures):
             time.sleep(min(left_s, 0.25))
 
     def wake(self, wait_s: float | None = None) -> None:
-        """Connect in the background and wait for it: so long, or None for as long as for a decision."""
+        """Connect in the background and wait for the first attempt: so long, or None for as long as for a decision."""
         deadline = time.monotonic() + (self._decision_s if wait_s is None else wait_s)
         while self._presence.again and not self._exchange.is_open and time.monotonic() < deadline:
             self.status.enter(Condition.CONNECTING)
             self.turn()
             self._presence.dial(0.1)
+            if self._presence.failed:
+                return
 
     def _stream(self, backlog: Backlog, most: int) -> Iterator[WindowDecision]:
         try:

@@ -159,7 +159,9 @@ def _train(client: EdgeClient, dataset: Dataset, arguments: argparse.Namespace) 
     pause_s = _FIRST_PAUSE_S
     while True:
         try:
-            client.wake(arguments.wait_s)
+            client.wake(arguments.connect_timeout_s + 1)
+            if not client.connected:
+                raise TransportError("the broker is not there yet")
             client.status.enter(Condition.CONNECTING)
             client.start(wait_s=arguments.wait_s)
             pause_s = _FIRST_PAUSE_S

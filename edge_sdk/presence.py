@@ -80,6 +80,11 @@ class Presence:
         except TransportError as exc:
             warn("unreachable", why=str(exc))
 
+    @property
+    def failed(self) -> bool:
+        """Whether the last attempt to connect in the background came to nothing."""
+        return self._uplink is not None and self._uplink.failed
+
     def leaves(self, refusal: RefusedError) -> bool:
         """Whether after this refusal another announcement has to be waited for; then this one is forgotten."""
         if refusal.reason not in _ENDED:

@@ -54,6 +54,8 @@ def decide_windows(client: EdgeClient, backlog: Backlog, *, most: int) -> Iterat
     """The decision on every window, in order. See ``EdgeClient.stream``."""
     every_s = client.budget.connect_every_s
     wake_s = -math.inf if every_s is None else time.monotonic() + every_s
+    if every_s is None:
+        client.wake()  # the first window of a file would else come too early for the server
     while True:
         client.turn()
         if backlog.silent:

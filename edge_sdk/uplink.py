@@ -34,6 +34,12 @@ class Uplink:
         self._thread: threading.Thread | None = None
         self._ready: Transport | None = None
         self._closed = False
+        self._failed = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last attempt that ended came to nothing."""
+        return self._failed
 
     def poll(self, wait_s: float = 0.0) -> Transport | None:
         """An open connection, once; begins an attempt where none is under way and the pause is over.
@@ -70,10 +76,12 @@ class Uplink:
             transport = self._dial()
         except EdgeError as exc:
             warn("unreachable", why=str(exc))
+            self._failed = True
             self._next_s = time.monotonic() + self._pause_s * random.uniform(1.0, 1.25)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             return
         with self._lock:
+            self._failed = False
             if not self._closed:
                 self._ready = transport
                 return

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import edge_sdk
+from edge_sdk.batch import Samples
 from edge_sdk.bundle import load_bundle
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.wire import Message
+from export.build import BuildOptions, build_bundle, prepare_guide
 from tests.edge_sdk.test_client import scripted_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +28,32 @@ def example() -> str:
     return found.group(1)
 
 
+@pytest.fixture(scope="module")
+def signal_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beats of a sensor's own units, upright or inverted."""
+    path = tmp_path_factory.mktemp("signals") / "ecg.psgl"
+    y = np.arange(60) % 2
+    beat = 900 * np.exp(-(((np.arange(256) - 120) / 16) ** 2))
+    noise = np.random.default_rng(0).normal(0, 40, (60, 256))
+    x = (np.where(y, -1, 1)[:, None] * beat + noise).astype(np.int16)[:, None]
+    units = (-1000.0, 1000.0)
+    guide = prepare_guide(Samples(x, y), 2, seed=0, epochs=4, input_range=units)
+    build_bundle(path, BuildOptions("paper", (1, 256), ("upright", "inverted"), input_range=units), guide)
+    return path
+
+
 def decision_for(m: Message) -> Message:
     count, classes = len(m.tensors["activations"]), 2
     probabilities = np.tile(np.array([0.2, 0.8], np.float32), (count, 1))
     assert probabilities.shape == (count, classes)
-    return Message("decision", m.run, m.session, m.step, {}, {"probabilities": probabilities})
+    return Message(
+        "decision",
+        m.run,
+        m.session,
+        m.step,
+        {},
+        {"probabilities": probabilities, "class.fused": np.ones(count, np.int64)},
+    )
 
 
 def test_the_readmes_device_is_under_ten_lines_and_runs(
@@ -42,7 +63,7 @@ def test_the_readmes_device_is_under_ten_lines_and_runs(
     assert len(code.strip().splitlines()) < 10
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.psgl").write_bytes(signal_bundle.read_bytes())
-    wave = np.sin(np.arange(1024) / 9) / 2 + 0.5
+    wave = -900 * np.exp(-((((np.arange(1024) % 256) - 120) / 16) ** 2))
     rows = [f"{number / 128},{value}" for number, value in enumerate(wave)]
     (tmp_path / "ecg.csv").write_text("\n".join(["time,II", *rows]))
     broker = MemoryBroker()
@@ -55,9 +76,10 @@ def test_the_readmes_device_is_under_ten_lines_and_runs(
     bundle = load_bundle("net.psgl")
     with scripted_server(broker, bundle.id, lambda m, n: [decision_for(m)], device="ward-1"):
         exec(compile(code, "README.md", "exec"), {})
+    assert bundle.manifest.input_range == (-1000.0, 1000.0)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [int(line[0]) for line in lines] == list(range(7)), "(1024 - 256) / 128 + 1 windows"
-    assert all(line[-1] in ("server", "guide", "none") for line in lines)
+    assert {tuple(line[1:]) for line in lines} == {("inverted", "server")}, lines
 
 
 def test_edge_sdk_is_light() -> None:
