@@ -79,7 +79,7 @@ class MqttTransport(ABC):
     @property
     def connected(self) -> bool:
         """Whether the broker has accepted a connection that is not known to be lost."""
-        return self._connected
+        return self._connected and not self._closing.is_set()
 
     @property
     def max_packet_bytes(self) -> int:

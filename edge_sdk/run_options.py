@@ -134,7 +134,7 @@ def make_source(arguments: argparse.Namespace) -> Iterable[Any]:
     clock = None if arguments.time_column is None else _column(arguments.time_column)
     if arguments.hz is not None and clock is None:
         raise ConfigError("hz is held against times: name their column with --time-column, or time_column in [source]")
-    return csv_samples(arguments.source, columns=columns, time_column=clock)
+    return csv_samples(arguments.source, columns=columns, time_column=clock, again=Path(arguments.source).is_fifo())
 
 
 def limits_of(arguments: argparse.Namespace) -> BacklogLimits:

@@ -90,6 +90,7 @@ def csv_samples(
     columns: Sequence[str | int] | None = None,
     time_column: str | int | None = None,
     delimiter: str = ",",
+    again: bool = False,
 ) -> Iterator[Any]:
     """The rows of a CSV file, one sample each; a line is read when its turn comes, so a pipe is a live sensor.
 
@@ -100,6 +101,7 @@ def csv_samples(
         columns: the channels, by the names of the first row or as numbers from 0; None: all but the time.
         time_column: the column with the time in seconds, by name or number; None: samples have no times.
         delimiter: one character.
+        again: open it again at its end, without end: a named pipe, whose writer may go and come back.
 
     Raises:
         BatchError: no such file; a name that the first row does not have; a line longer than 65,536 characters.
@@ -108,8 +110,11 @@ def csv_samples(
         yield from _rows(sys.stdin, "standard input", columns, time_column, delimiter)
         return
     try:
-        with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
-            yield from _rows(file, str(path), columns, time_column, delimiter)
+        while True:
+            with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
+                yield from _rows(file, str(path), columns, time_column, delimiter)
+            if not again:
+                return
     except OSError as exc:
         raise BatchError(f"{path} cannot be read: {exc.strerror or exc}") from exc
 

@@ -105,6 +105,27 @@ def test_a_pipe_is_a_live_sensor(tmp_path: Path) -> None:
     sensor.join(10)
 
 
+def test_a_pipe_whose_writer_comes_back_goes_on(tmp_path: Path) -> None:
+    pipe = tmp_path / "sensor"
+    os.mkfifo(pipe)
+    closed = threading.Semaphore(0)
+
+    def sense() -> None:
+        for life in range(3):
+            with pipe.open("w") as file:
+                file.write(f"time,II\n0,{life}\n")
+            assert closed.acquire(timeout=10)
+
+    sensor = threading.Thread(target=sense)
+    sensor.start()
+    seen = []
+    for values in islice(csv_samples(pipe, columns=["II"], again=True), 3):
+        seen.append(values)
+        closed.release()
+    assert seen == [[0], [1], [2]]
+    sensor.join(10)
+
+
 def test_standard_input_and_a_sensors_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "input").write_text("1,2\n3,4\n")
     with (tmp_path / "input").open() as file:
