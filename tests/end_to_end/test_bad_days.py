@@ -376,7 +376,7 @@ def test_a_clock_that_jumps_changes_no_bit(fleet: Make, monkeypatch: pytest.Monk
 ALLOWED_CLOCKS = {
     "report.py": "the date of an audit, for its reader",
     "logs.py": "the time of a record, for its reader",
-    "budget.py": "bytes of an hour, which no monotonic clock counts over a restart; a clock that is set back costs none",
+    "budget.py": "bytes of an hour, which no monotonic clock counts over a restart",
 }
 """File -> why it may look at the wall clock: it is shown to people, or must outlive the machine's boot."""
 
