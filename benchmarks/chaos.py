@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from benchmarks.chaos_check import Verdict, check
 from benchmarks.figures import options, print_figures
-from edge_sdk.batch import load_dataset, save_dataset
+from edge_sdk.dataset import load_dataset, save_dataset
 from examples.quickstart.data import divide, load
 from export.build import BuildOptions, build_bundle, class_names, prepare_guide
 from server_sdk.broker import EmbeddedBroker

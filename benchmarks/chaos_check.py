@@ -18,10 +18,11 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from edge_sdk.batch import Samples, as_batch, batches, load_dataset, shuffled
+from edge_sdk.batch import Samples, as_batch, batches, shuffled
 from edge_sdk.body import from_body, to_body
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.codec import unpack_tensors
+from edge_sdk.dataset import load_dataset
 from edge_sdk.front import Forward, Front, FrontState
 from edge_sdk.wire import Assembler, Message, decode_frame
 from server_sdk.assembly import back_path, trainer_from

@@ -29,9 +29,10 @@ from rich.table import Table
 
 from benchmarks.figures import options, print_figures
 from benchmarks.partition import dirichlet_parts, skew
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
 from edge_sdk.bundle import INITIAL, load_bundle, write_bundle
 from edge_sdk.codec import pack_tensors, unpack_tensors
+from edge_sdk.dataset import save_dataset
 from examples.quickstart.data import Division, divide, load
 from export.build import BuildOptions, build_bundle, class_names, prepare_guide
 from server_sdk.assembly import back_path

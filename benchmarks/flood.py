@@ -22,7 +22,8 @@ import numpy as np
 
 from benchmarks.figures import options, print_figures, ratio
 from edge_sdk import topics
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import save_dataset
 from export.build import BuildOptions, build_bundle, class_names
 from export.graphs import Optimizer
 from server_sdk.broker import EmbeddedBroker

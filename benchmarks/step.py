@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks.figures import options, print_figures, ratio
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
 from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.dataset import save_dataset
 from edge_sdk.front import Front
 from export.build import BuildOptions, build_bundle, class_names
 from export.graphs import Optimizer

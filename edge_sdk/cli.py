@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.batch import Dataset, load_dataset
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.client import EdgeClient
-from edge_sdk.codec import pack_tensors
+from edge_sdk.config import load_config
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
+from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError, ConfigError
-from edge_sdk.front import FrontState
-from edge_sdk.ledger import bits_per_sample
-from edge_sdk.memory import keep_freed_memory, peak_rss_mb
+from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
-from edge_sdk.sealing import load_key
-from edge_sdk.sqlite_state import SqliteState, forget
-from edge_sdk.state import OutboxLimits
-from edge_sdk.topics import check_name
+from edge_sdk.results import write_results
+from edge_sdk.run_options import add_device_options, open_state
+from edge_sdk.sqlite_state import SqliteState
 from edge_sdk.training import follow
 
-__all__ = ["main"]
+__all__ = ["main", "run_parser"]
 
 _EXAMPLES = """\
   psgl-edge run net.psgl --data ward-1.npz --device ward-1 --host broker.clinic.example --ca ca.pem \\
       --user ward-1 --password-file pw
   psgl-edge run net.psgl --data ward-1.npz --device ward-1 --state-key-file /etc/psgl/key     (state encrypted)
   psgl-edge run net.psgl --data ward-1.npz --device ward-1            (a broker on this machine, port 1883)
+  psgl-edge run net.psgl --device ward-1 --mode infer --source /run/ecg --decisions - --hop 64      (a live sensor)
+  psgl-edge check /etc/psgl/device.toml                               (without connecting)
+  psgl-edge run --config /etc/psgl/device.toml                        (a service: docs/device.md)
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``psgl-edge``; returns the exit code."""
+    parser, train = _parsers()
+    arguments = parser.parse_args(argv)
+    if arguments.command == "check":
+        return run(lambda: _check(train, arguments.config), debug=getattr(arguments, "debug", False))
+    return run(lambda: _run(_configured(parser, train, argv, arguments)), debug=getattr(arguments, "debug", False))
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The options of ``psgl-edge run``, which are those of a device's TOML file too."""
+    return _parsers()[1]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole command, and its ``run``."""
     parser = new_parser("psgl-edge", "A device of a split-learning fleet: its data stays here.", _EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
@@ -48,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="examples:\n" + _EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("bundle", type=Path, help="bundle made by psgl-export build")
-    train.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
-    train.add_argument("--device", required=True, help="name of this device in the fleet")
+    train.add_argument("bundle", type=Path, nargs="?", help="bundle made by psgl-export build")
+    train.add_argument("--data", type=Path, help=".npz with x_train, y_train, x_test, y_test")
+    train.add_argument("--device", help="name of this device in the fleet")
     train.add_argument("--seed", type=int, default=0, help="order of the batches (default %(default)s)")
     train.add_argument(
         "--shift",
@@ -121,13 +134,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write steps, bytes and memory of this process here (JSON)",
     )
     train.add_argument("--json", action="store_true", help="print every event as one JSON line")
+    add_device_options(train)
     add_broker_options(train)
     add_debug(train)
-    arguments = parser.parse_args(argv)
-    return run(lambda: _run(arguments), debug=getattr(arguments, "debug", False))
+    _add_check(commands)
+    return parser, train
+
+
+def _configured(
+    parser: argparse.ArgumentParser,
+    train: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    arguments: argparse.Namespace,
+) -> argparse.Namespace:
+    """The options, over those of ``--config``."""
+    if arguments.config is not None:
+        train.set_defaults(**load_config(arguments.config, train))
+        arguments = parser.parse_args(argv)
+    return _complete(arguments)
+
+
+def _complete(arguments: argparse.Namespace) -> argparse.Namespace:
+    if arguments.bundle is None or arguments.device is None:
+        raise ConfigError(
+            "a device needs a bundle and a name: give BUNDLE and --device, or bundle and device in --config"
+        )
+    return arguments
+
+
+def _check(train: argparse.ArgumentParser, path: Path) -> int:
+    from edge_sdk.daemon import check
+
+    train.set_defaults(**load_config(path, train))
+    return check(_complete(train.parse_args([])))
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.config is not None or arguments.mode is not None:
+        from edge_sdk.daemon import serve
+
+        return serve(arguments)
+    if arguments.data is None:
+        raise ConfigError("there are no samples to train on: give --data")
     keep_freed_memory()
     bundle = load_bundle(arguments.bundle)
     signal = True if len(bundle.manifest.input_shape) == 2 else None
@@ -141,26 +189,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--chunk-bytes is 1024 to 1048576")
     if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
         raise ConfigError("--shift is 0 or less than the image's size, --seed at least 0")
-    with closing(_open_state(arguments, bundle)) as state:
+    with closing(open_state(arguments, bundle)) as state:
         return _take_part(arguments, bundle, dataset, state)
-
-
-def _open_state(arguments: argparse.Namespace, bundle: Bundle) -> SqliteState:
-    fleet, device = check_name(arguments.fleet), check_name(arguments.device)
-    path = arguments.state or Path("runs/devices") / f"{fleet}-{device}.sqlite"
-    if arguments.fresh:
-        forget(path)
-    return SqliteState(
-        path,
-        FrontState(0, dict(bundle.initial)),
-        bundle=bundle.id,
-        fleet=fleet,
-        device=device,
-        limits=OutboxLimits(max_bytes=int(arguments.outbox_mb * 1e6), when_full=arguments.when_full),
-        key=load_key(arguments.state_key_file, os.environ),
-        synchronous=arguments.state_sync,
-        on_note=lambda text: print(f"note: {text}", file=sys.stderr, flush=True),
-    )
 
 
 def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, state: SqliteState) -> int:
@@ -196,36 +226,25 @@ def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, 
             measure_clean=arguments.measure_clean,
             on_event=show,
         )
-        if arguments.save_front:
-            _write(arguments.save_front, pack_tensors(client.front.tensors))
-        report = {
-            "name": arguments.device,
-            "steps": client.steps,
-            "unperturbed": client.unperturbed,
-            "samples_sent": client.samples_sent,
-            "bits_per_sample": bits_per_sample(bundle.manifest),
-            "bits_sent": client.bits_sent,
-            "resent": client.traffic.resent,
-            "bytes_sent": client.traffic.bytes_sent,
-            "bytes_received": client.traffic.bytes_received,
-            "rejected": client.traffic.rejected,
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-            "torch_loaded": "torch" in sys.modules,
-        }
-        if arguments.report:
-            _write(arguments.report, json.dumps(report, indent=1).encode())
+        report = write_results(client, arguments.save_front, arguments.report)
         show({"event": "end", **report})
     finally:
         client.stop()
     return 0
 
 
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+def _add_check(commands: Any) -> None:
+    """Add ``check`` to the subcommands."""
+    examples = "  psgl-edge check /etc/psgl/device.toml\n"
+    checks = commands.add_parser(
+        "check",
+        help="try a device's TOML file without connecting",
+        description="Read a device's TOML file and all that it names: bundle, data, source, keys; connect to nothing.",
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    checks.add_argument("config", type=Path, help="the file that psgl-edge run --config takes")
+    add_debug(checks)
 
 
 if __name__ == "__main__":

@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.batch import as_batch, as_labels
+from edge_sdk import steps, storing
+from edge_sdk.backlog import Backlog, BacklogLimits
+from edge_sdk.budget import Allowance, Budget
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import ConfigError, OutboxFullError, RefusedError
-from edge_sdk.exchange import Exchange, Plan, Reply, Traffic
-from edge_sdk.front import Forward, Front, FrontState
-from edge_sdk.ledger import bits_per_sample
-from edge_sdk.state import MemoryState, OutboxStep, State
-from edge_sdk.transport import Transport
-from edge_sdk.wire import Message, Packing, encode
+from edge_sdk.decisions import Absence, Decision, decide, question, without_server
+from edge_sdk.errors import ConfigError, RefusedError, TransportError
+from edge_sdk.exchange import Exchange
+from edge_sdk.figures import Figures
+from edge_sdk.front import Front, FrontState
+from edge_sdk.logs import log, warn
+from edge_sdk.plan import Plan
+from edge_sdk.presence import Presence
+from edge_sdk.state import MemoryState, State
+from edge_sdk.station import Station
+from edge_sdk.status import Condition, Status
+from edge_sdk.steps import TrainStep
+from edge_sdk.streaming import WindowDecision, decide_windows
+from edge_sdk.transport import Connection, Transport
+from edge_sdk.windows import Windowing
 
-__all__ = ["Decision", "EdgeClient", "TrainStep"]
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """A training step that the server answered and the front has taken.
-
-    Attributes:
-        step: its number in the session.
-        round: rounds that the server has finished, this one included.
-        loss: the fused stream's cross-entropy over the whole round.
-        resent: how often its bytes were sent again.
-    """
-
-    step: int
-    round: int
-    loss: float
-    resent: int
+__all__ = ["EdgeClient"]
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The server's decision on one batch.
-
-    Attributes:
-        probabilities: float32 (N, K), fused over the streams.
-        streams: class of each stream by name, int64 (N).
-        guide: class of the device's guide, int64 (N), or None where the profile has no guide.
-    """
-
-    probabilities: npt.NDArray[np.float32] = field(repr=False)
-    streams: Mapping[str, npt.NDArray[np.int64]] = field(repr=False)
-    guide: npt.NDArray[np.int64] | None = field(repr=False)
-
-    @property
-    def classes(self) -> npt.NDArray[np.int64]:
-        """int64 (N): the most probable class of each sample."""
-        classes: npt.NDArray[np.int64] = self.probabilities.argmax(axis=1)
-        return classes
-
-
-class EdgeClient:
+class EdgeClient(Figures):
     """A device in a fleet: trains its front layers and asks for decisions over a transport.
 
     Whatever stops the device, the next client on the same state goes on where it was: a step that waits for its reply
@@ -69,7 +40,9 @@ class EdgeClient:
 
     Args:
         bundle: what export made.
-        transport: a ``PahoTransport``, or a ``MemoryTransport`` in tests; the client opens and closes it.
+        transport: how the broker is reached: a ``Connection``, or a function that makes a transport; then the client
+            connects when it needs to, in the background, and may be started again after ``stop``. Or a transport (a
+            ``PahoTransport``, a ``MemoryTransport`` in tests), which serves from ``start`` to ``stop``, once.
         device: the device's name in the fleet, ``[A-Za-z0-9_-]{1,64}``.
         fleet: the fleet's name.
         state: where front and outbox are kept; by default in memory, which no restart survives. The caller closes it.
@@ -80,6 +53,12 @@ class EdgeClient:
         threads: threads of onnxruntime.
         train_epsilon: perturbation budget of training steps in place of the bundle's; 0 trains on unperturbed inputs
             (protocol P2), which sends unprotected activations: to measure only. Keep it over a restart.
+        decision_s: how long ``infer`` and ``stream`` wait for the server's decision.
+        budget: how much the device may use its radio.
+        on_turn: called in the client's thread at least once a second for as long as it works or waits.
+
+    Attributes:
+        status: what the client is doing, and its counts of windows.
 
     Raises:
         ConfigError: a name that no topic can carry.
@@ -89,7 +68,7 @@ class EdgeClient:
     def __init__(
         self,
         bundle: Bundle,
-        transport: Transport,
+        transport: Connection | Transport | Callable[[], Transport],
         *,
         device: str,
         fleet: str = "default",
@@ -100,23 +79,50 @@ class EdgeClient:
         give_up_s: float = 300.0,
         threads: int = 1,
         train_epsilon: float | None = None,
+        decision_s: float = 10.0,
+        budget: Budget | None = None,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        self._bundle = bundle
+        if not 0 < decision_s < float("inf"):
+            raise ConfigError(f"decision_s is {decision_s}: give a positive number of seconds")
+        self.status = Status()
+        self._budget = budget or Budget()
         self._device = device
-        self._state: State = MemoryState(FrontState(0, dict(bundle.initial))) if state is None else state
-        self._front = Front(bundle, threads=threads, noise_key=self._state.noise_key)
-        self._train_epsilon = train_epsilon
-        self._codec: str | Packing = bundle.manifest.packing or codec
-        self._chunk_bytes = chunk_bytes
-        self._exchange = Exchange(
-            transport,
+        self._decision_s = decision_s
+        kept: State = MemoryState(FrontState(0, dict(bundle.initial))) if state is None else state
+        most = self._budget.max_bytes_per_hour
+        exchange = Exchange(
+            _maker(transport, f"psgl-{fleet}-{device}") if isinstance(transport, Connection) else transport,
             fleet=fleet,
             device=device,
-            session=self._state.session,
+            session=kept.session,
             bundle=bundle.id,
             resend_s=resend_s,
             give_up_s=give_up_s,
+            allowance=None if most is None else Allowance(most, kept),
+            on_turn=on_turn,
         )
+        front = Front(bundle, threads=threads, noise_key=kept.noise_key)
+        packing = bundle.manifest.packing or codec
+        super().__init__(Station(bundle, kept, front, exchange, packing, chunk_bytes, train_epsilon))
+        self._exchange, self._state = exchange, kept
+        self._presence = Presence(self._station, again=isinstance(transport, Connection) or callable(transport))
+        self.status.listen(self._tell_condition)
+
+    @property
+    def bundle(self) -> Bundle:
+        """What export made."""
+        return self._station.bundle
+
+    @property
+    def budget(self) -> Budget:
+        """How much the device may use its radio."""
+        return self._budget
+
+    @property
+    def station(self) -> Station:
+        """The client's parts, as its stations take them."""
+        return self._station
 
     @property
     def device(self) -> str:
@@ -134,52 +140,9 @@ class EdgeClient:
         return self._state.front
 
     @property
-    def steps(self) -> int:
-        """Training steps that the server answered and the front has taken, in this run."""
-        return self._count("trained")
-
-    @property
-    def round(self) -> int:
-        """Rounds that the server had finished when it last answered a training step."""
-        return self._count("round")
-
-    @property
-    def batches(self) -> int:
-        """Batches that were drawn for training in this run, refused ones included."""
-        return self._count("batches")
-
-    @property
-    def sent(self) -> int:
-        """Samples that were handed to ``store`` in this run."""
-        return self._count("sent")
-
-    @property
-    def unperturbed(self) -> int:
-        """Training samples that passed as they are, since their perturbation was zero everywhere."""
-        return self._count("unperturbed")
-
-    @property
-    def bytes_per_sample(self) -> float:
-        """Bytes that one training sample's activations cost on the wire, envelope included, repeats not."""
-        return self._count("sample_bytes") / max(self._count("samples"), 1)
-
-    @property
-    def samples_sent(self) -> int:
-        """Samples whose activations went out in this run, for training and for decisions; repeated frames do not count.
-
-        A sample that is sent anew counts each time. Under the same front it has the same noise and the same bytes,
-        which tell nothing new; so what was told is at most this many times ``bits_per_sample``.
-        """
-        return self._count("samples_sent")
-
-    @property
-    def bits_sent(self) -> float | None:
-        """Upper bound on what activations told about this device's samples so far, in bits, or None for no bound.
-
-        Counted for each send, as ``samples_sent`` is; see ``ledger.bits_per_sample`` for what it rests on.
-        """
-        each = bits_per_sample(self._bundle.manifest)
-        return None if each is None else each * self.samples_sent
+    def connected(self) -> bool:
+        """Whether there is a connection to the broker now."""
+        return self._exchange.connected
 
     @property
     def plan(self) -> Plan:
@@ -188,17 +151,11 @@ class EdgeClient:
         Raises:
             ConfigError: the client was not started.
         """
-        if self._exchange.plan is None:
-            raise ConfigError("the client has no plan yet: call start() first")
-        return self._exchange.plan
-
-    @property
-    def traffic(self) -> Traffic:
-        """What this client has sent, received and rejected so far."""
-        return self._exchange.traffic
+        return self._station.plan
 
     def __enter__(self) -> EdgeClient:
-        self.start()
+        if not self._presence.again:
+            self.start()
         return self
 
     def __exit__(
@@ -216,24 +173,11 @@ class EdgeClient:
             TransportError: no broker, or no server within ``wait_s``.
             RefusedError: the server trains another bundle, or another run than an unfinished one that the state holds.
         """
-        unfinished = "" if self._count("done") else self._state.run
-        plan = self._exchange.open(wait_s, unfinished)
-        if self._state.run == plan.run:
-            return plan
-        if unfinished and (self.steps or self.sent):
-            raise RefusedError(
-                "run",
-                f"the server trains run {plan.run}, this device's state is of run {self._state.run} after "
-                f"{self.steps} steps: resume that run on the server, or start this device over (psgl-edge run --fresh)",
-            )
-        self._state.begin_run(plan.run, self._front.initial_state())
-        if plan.fronts == "relay":
-            self._state.note({"synchronise": 1})  # ask for a turn before the first step
-        return plan
+        return self._presence.start(wait_s)
 
     def stop(self) -> None:
         """Say goodbye and close the transport; never raises."""
-        self._exchange.close()
+        self._presence.stop()
 
     def tell(self, **fields: Any) -> None:
         """Publish the device's state (retained): status, progress and whatever figures it has.
@@ -269,12 +213,13 @@ class EdgeClient:
         Raises:
             RefusedError, TransportError: as in ``train_step``.
         """
+        self._presence.need_plan()
         done = None
         for outbox in self._state.outbox:
             if outbox.kind == "train":
-                done = self._finish_training(outbox, None)
+                done = steps.finish_training(self._station, outbox, None)
             elif outbox.kind == "front":
-                self._finish_synchronising(outbox)
+                steps.finish_synchronising(self._station, outbox)
         self.flush()
         return done
 
@@ -296,26 +241,24 @@ class EdgeClient:
             StateError: the disk refuses.
             TransportError: the server was silent for ``give_up_s``.
         """
-        if self._bundle.manifest.frozen:
+        if self.bundle.manifest.frozen:
             raise ConfigError(
                 "the bundle's front is frozen: start the server with --fronts frozen and hand samples over with store()"
             )
-        batch, labels = self._check(x, y)
+        batch = self._station.batch(x)
+        labels = self._station.labels(y, len(batch))
+        self._presence.need_plan()
         if self._state.outbox:
             self.resume()
-        if self._count("synchronise"):
+        if self._station.count("synchronise"):
             self.synchronise(samples=samples)
-        elif self.plan.fronts == "shared" and self.plan.front > self._count("front"):
+        elif self.plan.fronts == "shared" and self.plan.front > self._station.count("front"):
             self.synchronise(give=False)  # a mean was made while this device was away
-        before = self._state.front
-        attacked = labels if self._bundle.manifest.perturb_towards == "label" else None
-        forward = self._front.forward(before, batch, attacked, training=True, epsilon=self._train_epsilon)
-        weight = {} if samples is None else {"samples": samples}
-        tensors: dict[str, npt.NDArray[Any]] = {"activations": forward.activations, "labels": labels}
-        message = self._message("train", {"front": before.version, **weight}, tensors)
-        outbox = OutboxStep(message.step, "train", self._frames(message), batch, attacked)
-        self._state.begin(outbox, {"batches": self._count("batches") + 1, **self._told(batch)})
-        return self._finish_training(outbox, forward)
+        started = time.monotonic()
+        done = steps.train(self._station, batch, labels, samples)
+        if done is not None:
+            log("step", **self._record(started), step=done.step, round=done.round, resent=done.resent)
+        return done
 
     def synchronise(self, *, give: bool = True, samples: int | None = None) -> None:
         """Give the front away and take what the server makes of all fronts: their mean, or a predecessor's front.
@@ -327,13 +270,8 @@ class EdgeClient:
         Raises:
             RefusedError, StateError, TransportError: as in ``train_step``.
         """
-        front = self._state.front
-        weight = {} if samples is None else {"samples": samples}
-        tensors: Mapping[str, npt.NDArray[Any]] = front.tensors if give else {}
-        message = self._message("front", {"front": front.version, **weight}, tensors)
-        outbox = OutboxStep(message.step, "front", tuple(encode(message, chunk_bytes=self._chunk_bytes)))
-        self._state.begin(outbox, {"synchronise": 0})
-        self._finish_synchronising(outbox)
+        self._presence.need_plan()
+        steps.synchronise(self._station, give=give, samples=samples)
 
     def store(self, x: npt.ArrayLike, y: npt.ArrayLike, *, first: int, total: int) -> None:
         """Hand samples to the server, once: of a frozen front, which needs no gradient. Does not wait for the reply.
@@ -348,30 +286,12 @@ class EdgeClient:
             OutboxFullError: too many wait for the server and the state's policy is ``refuse``.
             RefusedError, StateError, TransportError: as in ``train_step``.
         """
-        batch, labels = self._check(x, y)
-        front = self._state.front
-        forward = self._front.forward(front, batch, None, training=False, epsilon=self._train_epsilon)
-        fields = {"front": front.version, "first": first, "total": total}
-        message = self._message("store", fields, {"activations": forward.activations, "labels": labels})
-        outbox = OutboxStep(message.step, "store", self._frames(message))
-        counters = {
-            "sent": first + len(batch),
-            **self._told(batch),
-            "samples": self._count("samples") + len(batch),
-            "sample_bytes": self._count("sample_bytes") + sum(map(len, outbox.frames)),
-            "unperturbed": self._count("unperturbed") + forward.unperturbed,
-        }
-        while True:
-            try:
-                self._exchange.forget(self._state.begin(outbox, counters))
-                break
-            except OutboxFullError:
-                if self._state.limits.when_full != "block" or not self._state.outbox:
-                    raise
-                self._send_left()
-                self._collect(1.0)
-        self._exchange.send(outbox)
-        self._collect(0.0)
+        batch = self._station.batch(x)
+        labels = self._station.labels(y, len(batch))
+        self._presence.need_plan()
+        started = time.monotonic()
+        storing.store(self._station, batch, labels, first=first, total=total)
+        log("stored", **self._record(started), samples=first + len(batch))
 
     def flush(self) -> None:
         """Wait until everything that was stored has its reply.
@@ -379,12 +299,12 @@ class EdgeClient:
         Raises:
             RefusedError, StateError, TransportError: as in ``train_step``.
         """
-        self._send_left()
-        while self._state.outbox:
-            self._collect(1.0)
+        if self._state.outbox:
+            self._presence.need_plan()
+            storing.flush(self._station)
 
-    def infer(self, x: npt.ArrayLike, *, epsilon: float | None = None) -> Decision:
-        """Ask the server to decide on a batch; the guide's decision takes the place of a label.
+    def ask(self, x: npt.ArrayLike, *, epsilon: float | None = None) -> Decision:
+        """The server's decision on a batch, and no other's; the guide's decision takes the place of a label.
 
         A question is not kept: who asked is gone after a restart.
 
@@ -395,118 +315,144 @@ class EdgeClient:
         Raises:
             BatchError, RefusedError, StateError, TransportError: as in ``train_step``.
         """
-        manifest = self._bundle.manifest
-        batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch, input_range=manifest.input_range)
-        front = self._state.front
-        forward = self._front.forward(front, batch, None, training=False, epsilon=epsilon)
-        message = self._message("infer", {"front": front.version}, {"activations": forward.activations})
-        question = OutboxStep(message.step, "infer", self._frames(message))
-        self._state.note(self._told(batch))
-        reply = self._exchange.ask(question).message
-        probabilities = reply.tensors.get("probabilities")
-        if probabilities is None or probabilities.shape != (len(batch), len(manifest.classes)):
-            raise RefusedError("shape", "the server's decision does not fit the batch: compare the versions of psgl")
-        streams = {
-            name.removeprefix("class."): value for name, value in reply.tensors.items() if name.startswith("class.")
-        }
-        guide = None if forward.guide is None else forward.guide.argmax(axis=1)
-        return Decision(probabilities, streams, guide)
+        batch = self._station.batch(x)
+        self._presence.need_plan()
+        forward = self._station.front.forward(self._state.front, batch, None, training=False, epsilon=epsilon)
+        return decide(self._station, forward, question(self._station, forward), None)
 
-    def _finish_training(self, outbox: OutboxStep, forward: Forward | None) -> TrainStep | None:
-        """Wait for a step's gradient and take it; ``forward`` is None after a restart and is computed again."""
-        before = self._state.front
-        if outbox.x is None:
-            raise ConfigError(f"step {outbox.step} of the outbox has no batch: start this device over")
-        x, label = outbox.x, outbox.label
-        prepared: Forward | None = None
+    def infer(self, x: npt.ArrayLike, *, within_s: float | None = None) -> Decision:
+        """A decision on a batch, in any weather: the server's, or the guide's where the server cannot be asked.
 
-        def prepare() -> None:
-            nonlocal forward, prepared
-            if forward is None:
-                forward = self._front.forward(before, x, label, training=True, epsilon=self._train_epsilon)
-            prepared = self._front.prepare(before, forward)
+        Where the bundle has no guide either, the decision is ``none``; ``Decision.by`` and ``why`` say so. The batch is
+        not kept. A client that was made with a ``Connection`` connects in the background meanwhile.
 
+        Args:
+            x: (N, *input_shape) in [0, 1].
+            within_s: how long to wait for the server, in place of ``decision_s``.
+
+        Raises:
+            BatchError: the batch does not fit the bundle.
+            StateError: the disk refuses.
+        """
+        started = time.monotonic()
+        batch = self._station.batch(x)
+        forward = self._station.front.forward(self._state.front, batch, None, training=False)
         try:
-            reply = self._exchange.ask(outbox, prepare)
+            why = self._presence.absence()
+            if not why:
+                asked = question(self._station, forward)
+                decision = decide(self._station, forward, asked, self._decision_s if within_s is None else within_s)
+                log("decided", **self._record(started), samples=len(batch), state="server")
+                return decision
+        except Absence as exc:
+            why = exc.why
         except RefusedError as exc:
-            # Of a turn that went to another device: a new one is asked for before the next step.
-            self._state.finish(outbox.step, None, {"synchronise": int(exc.reason == "turn")})
-            if exc.reason == "finished":
-                return None
-            raise
-        fields = reply.message.fields
-        gradient = reply.message.tensors.get("gradient")
-        if prepared is None or gradient is None or gradient.shape != prepared.activations.shape:
-            raise RefusedError("shape", "the server's gradient does not fit the step: compare the versions of psgl")
-        if not 0 <= fields["rate"] <= 1:
-            raise RefusedError("shape", "the server's rate is not in [0, 1]: compare the versions of psgl")
-        rate = self._bundle.manifest.learning_rate * float(fields["rate"])
-        after = self._front.backward(before, prepared, gradient, rate=rate)
-        counters = {
-            "trained": self._count("trained") + 1,
-            "round": int(fields["round"]),
-            "synchronise": int(bool(fields.get("synchronise"))),
-            "samples": self._count("samples") + len(x),
-            "sample_bytes": self._count("sample_bytes") + sum(map(len, outbox.frames)),
-            "unperturbed": self._count("unperturbed") + prepared.unperturbed,
-        }
-        self._state.finish(outbox.step, after, counters)
-        return TrainStep(outbox.step, int(fields["round"]), float(fields["loss"]), reply.resent)
+            warn("refusal", why=exc.reason)
+            why = "no-server" if self._presence.leaves(exc) else "refused"
+        except TransportError as exc:
+            warn("unreachable", why=str(exc))
+            why = "offline"
+        decision = without_server(self._station, forward, why)
+        log("decided", **self._record(started), samples=len(batch), state=decision.by, why=why)
+        return decision
 
-    def _finish_synchronising(self, outbox: OutboxStep) -> None:
-        try:
-            reply = self._exchange.ask(outbox).message
-        except RefusedError:
-            self._state.finish(outbox.step)
-            raise
-        before = self._state.front
-        given = reply.tensors
-        if given and (
-            given.keys() != before.tensors.keys()
-            or any(given[name].shape != value.shape for name, value in before.tensors.items())
-        ):
-            self._state.finish(outbox.step)
-            raise RefusedError("shape", "the server's front is not of this bundle: compare the versions of psgl")
-        after = FrontState(before.version, dict(given)) if given else before
-        self._state.finish(outbox.step, after, {"front": int(reply.fields["front"])})
+    def stream(
+        self,
+        source: Iterable[Any],
+        *,
+        windowing: Windowing | None = None,
+        limits: BacklogLimits | None = None,
+        silent_s: float | None = None,
+        most: int = 32,
+    ) -> Iterator[WindowDecision]:
+        """Decisions on the windows of a source as its samples arrive, each as ``infer`` gives it.
 
-    def _send_left(self) -> None:
-        """Send what an earlier life of this device left in the outbox."""
-        for outbox in self._state.outbox:
-            if outbox.step not in self._exchange.waiting:
-                self._exchange.send(outbox)
+        The source is read in a thread of its own; what it gives while the network is slow waits in a bounded backlog.
+        Windows that wait are decided together. A window that must not be used (``FAULTS``) is never sent, its decision
+        is ``none``.
 
-    def _collect(self, timeout_s: float) -> None:
-        """Take the replies that have come; waits for one at most this long."""
-        reply = self._exchange.reply(timeout_s)
-        while reply is not None:
-            self._stored(reply)
-            reply = self._exchange.reply(0.0)
+        Args:
+            source: gives ``Window`` objects or samples, see ``edge_sdk.sources``.
+            windowing: makes windows of samples; its (channels, length) is the bundle's input_shape. Needed where the
+                source gives samples.
+            limits: of the backlog.
+            silent_s: a sensor that says nothing for so long is ``sensor-silent``; it goes on when it is back.
+            most: windows of one question, 1 to the bundle's max_batch.
 
-    def _stored(self, reply: Reply) -> None:
-        if all(each.step != reply.step for each in self._state.outbox):
-            return  # it gave way to newer ones while it was under way
-        self._state.finish(reply.step)
-        if reply.message.kind == "refused":
-            fields = reply.message.fields
-            raise RefusedError(
-                str(fields["reason"]), f"the server refused samples ({fields['reason']}): {fields.get('detail', '')}"
+        Raises:
+            BatchError: the source failed, after the decision on its last window.
+            ConfigError: the windows do not fit the bundle.
+            StateError: the disk refuses.
+        """
+        manifest = self.bundle.manifest
+        if windowing is not None and (windowing.channels, windowing.length) != manifest.input_shape:
+            raise ConfigError(
+                f"windows are {windowing.channels}x{windowing.length} (channels x length), "
+                f"the bundle takes {'x'.join(map(str, manifest.input_shape))}: correct the windowing or the bundle"
             )
+        if not 1 <= most <= manifest.max_batch:
+            raise ConfigError(f"most is {most}: give 1 to {manifest.max_batch} windows")
+        backlog = Backlog(
+            source, windowing=windowing, input_range=manifest.input_range, limits=limits, silent_s=silent_s
+        )
+        return self._stream(backlog, most)
 
-    def _check(self, x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        manifest = self._bundle.manifest
-        batch = as_batch(x, manifest.input_shape, max_batch=manifest.max_batch, input_range=manifest.input_range)
-        return batch, as_labels(y, len(batch), len(manifest.classes))
+    def turn(self) -> None:
+        """Whoever works beside the client calls this at least once a second.
 
-    def _told(self, batch: npt.NDArray[np.float32]) -> dict[str, int]:
-        """The counter after one more send; committed before anything leaves."""
-        return {"samples_sent": self._count("samples_sent") + len(batch)}
+        Raises:
+            KeyboardInterrupt: after ``interrupt``.
+        """
+        self._exchange.turn()
 
-    def _count(self, name: str) -> int:
-        return self._state.counters.get(name, 0)
+    def look(self) -> None:
+        """Take what the broker and the server have to say, without waiting; connects in the background."""
+        self._presence.look()
 
-    def _message(self, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Message:
-        return Message(kind, self.plan.run, self._state.session, self._state.next_step(), fields, tensors)
+    def hang_up(self) -> None:
+        """Disconnect until the next question, where the client can connect again."""
+        if self._presence.again and self._exchange.is_open:
+            self.stop()
+            log("disconnected", **self._record(None))
 
-    def _frames(self, message: Message) -> tuple[bytes, ...]:
-        return tuple(encode(message, codec=self._codec, chunk_bytes=self._chunk_bytes))
+    def pause(self, pause_s: float) -> None:
+        """Do nothing for so long, but what ``turn`` does."""
+        deadline = time.monotonic() + pause_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            self.turn()
+            time.sleep(min(left_s, 0.25))
+
+    def wake(self, wait_s: float | None = None) -> None:
+        """Connect in the background and wait for the first attempt: so long, or None for as long as for a decision."""
+        deadline = time.monotonic() + (self._decision_s if wait_s is None else wait_s)
+        while self._presence.again and not self._exchange.is_open and time.monotonic() < deadline:
+            self.status.enter(Condition.CONNECTING)
+            self.turn()
+            self._presence.dial(0.1)
+            if self._presence.failed:
+                return
+
+    def _stream(self, backlog: Backlog, most: int) -> Iterator[WindowDecision]:
+        try:
+            yield from decide_windows(self, backlog, most=most)
+        finally:
+            backlog.close()
+
+    def _record(self, started_s: float | None) -> dict[str, float]:
+        """What every record of the log says of the traffic."""
+        traffic = self.traffic
+        figures: dict[str, float] = {"bytes_sent": traffic.bytes_sent, "bytes_received": traffic.bytes_received}
+        return figures if started_s is None else {**figures, "seconds": time.monotonic() - started_s}
+
+    def _tell_condition(self, condition: Condition) -> None:
+        log("state", state=condition.value, why=condition.sentence)
+        self._exchange.note(condition=condition.value)
+
+
+def _maker(connection: Connection, client_id: str) -> Callable[[], Transport]:
+    def make() -> Transport:
+        from edge_sdk.paho_transport import PahoTransport
+
+        return PahoTransport(connection, client_id)
+
+    return make

@@ -6,6 +6,8 @@ once when the connection or the server was lost and is back. A PUBACK of the bro
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
 import random
 import threading
@@ -16,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_sdk import topics
+from edge_sdk.budget import Allowance
 from edge_sdk.errors import RefusedError, TransportError, WireError
+from edge_sdk.plan import Plan, plan_of, refuse_version
 from edge_sdk.state import OutboxStep
 from edge_sdk.transport import Received, Transport, Will
 from edge_sdk.version import __version__
@@ -28,42 +32,13 @@ from edge_sdk.wire import (
     decode_frame,
     encode,
     foreign_version,
-    version_conflict,
 )
 
-__all__ = ["Exchange", "Plan", "Reply", "Traffic"]
+__all__ = ["Exchange", "Reply", "Traffic"]
 
 _NO_RUN = ""
 _REPLIES = ("gradient", "stored", "synchronised", "decision", "refused")
 _LONGEST_PAUSE = 8  # times the first one
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the server announced (retained, so that a device that joins late has it too).
-
-    Attributes:
-        run: id of the training run; a message of another run is refused.
-        bundle: id of the bundle that the server trains.
-        status: ``waiting`` for devices, ``training``, ``evaluating`` (every round is done), ``paused`` (the server
-            was stopped and can go on) or ``finished``.
-        rounds: rounds of the whole run.
-        evaluate_every: rounds between two evaluations, 0 for none before the end.
-        batch: samples of each device in one step.
-        fronts: ``own``, ``shared``, ``relay`` or ``frozen``.
-        front: version of the synchronised front, 0 before the first.
-        server: id of one life of the server.
-    """
-
-    run: str
-    bundle: str
-    status: str
-    rounds: int
-    evaluate_every: int
-    batch: int
-    fronts: str = "own"
-    front: int = 0
-    server: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,12 +87,14 @@ class Exchange:
     """Send steps and wait for their replies.
 
     Args:
-        transport: opened and closed here.
+        transport: opened and closed here; or what makes one, so that ``open`` may be called again after ``close``.
         fleet, device: names, checked.
         session: of the device's state.
         bundle: id of the device's bundle.
         resend_s: first pause before a step is sent again; it doubles up to 8 times of this.
         give_up_s: how long the server may stay silent while a step waits.
+        allowance: bytes that steps may still cost; None: as many as they need.
+        on_turn: called at each turn of whatever waits here, so at least once a second.
 
     Raises:
         ConfigError: a name that no topic can carry.
@@ -125,7 +102,7 @@ class Exchange:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Transport | Callable[[], Transport],
         *,
         fleet: str,
         device: str,
@@ -133,8 +110,13 @@ class Exchange:
         bundle: str,
         resend_s: float,
         give_up_s: float,
+        allowance: Allowance | None = None,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        self._transport = transport
+        self._make = transport if callable(transport) else lambda: transport
+        self._transport: Transport | None = None
+        self._allowance = allowance
+        self._turn = on_turn
         self._fleet = fleet
         self._state_topic = topics.up_state(fleet, device)
         self._up_topic = topics.up_step(fleet, device)
@@ -147,7 +129,7 @@ class Exchange:
         self._limits = Limits()
         self._assembler = Assembler(self._limits)
         self._generation = -1
-        self._refused = transport.refused_messages
+        self._refused = 0
         self._heard = 0.0
         self._waiting: dict[int, _Waiting] = {}
         self._arrived: deque[Reply] = deque()
@@ -169,18 +151,78 @@ class Exchange:
             TransportError: no broker, or no server within ``wait_s``.
             RefusedError: the server trains another bundle or speaks another version of the protocol.
         """
-        self._transport.open(Will(self._state_topic, self._encode({"status": "offline"}), retain=True))
-        self._transport.subscribe(self._down_topic)
-        self._transport.subscribe(self._model_topic)
+        self.use(self.dial())
+        return self.join(wait_s, run)
+
+    def dial(self) -> Transport:
+        """A connection for ``use``; may wait, and may be called in another thread.
+
+        Raises:
+            TransportError: no broker.
+        """
+        transport = self._make()
+        try:
+            transport.open(Will(self._state_topic, self._encode({"status": "offline"}), retain=True))
+        except BaseException:
+            transport.close()
+            raise
+        return transport
+
+    def use(self, transport: Transport) -> None:
+        """From now on speak over this connection; nothing of an earlier one is waited for.
+
+        Raises:
+            TransportError: the broker refuses a subscription.
+        """
+        self._transport, self.plan, self._joined = transport, None, False
+        self._generation, self._refused = -1, transport.refused_messages
+        self._assembler = Assembler(self._limits)
+        self._waiting.clear()
+        self._arrived.clear()
+        self._taken.clear()
+        transport.subscribe(self._down_topic)
+        transport.subscribe(self._model_topic)
+
+    def leave(self) -> None:
+        """Forget the server's announcement: the next one is waited for anew, of whatever run it is."""
+        self.plan, self._joined = None, False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``use`` was called, and not ``close`` since."""
+        return self._transport is not None
+
+    @property
+    def joined(self) -> bool:
+        """Whether there is an announcement that this device can follow."""
+        return self._joined
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection to the broker now."""
+        return self._transport is not None and self._transport.connected
+
+    def join(self, wait_s: float, run: str = "") -> Plan:
+        """Wait for the announcement of a server that trains this bundle.
+
+        Args:
+            wait_s: how long to wait.
+            run: see ``open``.
+
+        Raises:
+            RefusedError, TransportError: see ``open``.
+        """
+        self._joined = False
         deadline = time.monotonic() + wait_s
         while self.plan is None or (self.plan.status == "finished" and self.plan.run != run):
             self._greet()
-            if time.monotonic() > deadline:
+            self._receive(max(min(1.0, deadline - time.monotonic()), 0.0))
+            over = self.plan is None or (self.plan.status == "finished" and self.plan.run != run)
+            if over and time.monotonic() >= deadline:
                 raise TransportError(
                     f"no server announced a run in fleet {self._fleet!r} within {wait_s:g} s: "
                     "start psgl-server train on this broker, with the same --fleet"
                 )
-            self._receive(min(1.0, wait_s))
         if self.plan.bundle != self._bundle:
             raise RefusedError(
                 "bundle",
@@ -192,13 +234,17 @@ class Exchange:
 
     def close(self) -> None:
         """Say goodbye and close the transport; never raises."""
+        transport, self._transport = self._transport, None
+        if transport is None:
+            return
         try:
             if self._status["status"] != "done":
-                self.tell(status="offline")
+                farewell = self._encode({**self._status, "status": "offline"})
+                transport.publish(self._state_topic, farewell, retain=True)
         except (TransportError, WireError):
             pass
         finally:
-            self._transport.close()
+            transport.close()
 
     def tell(self, **fields: Any) -> None:
         """Publish the device's state (retained).
@@ -207,7 +253,14 @@ class Exchange:
             TransportError: the broker takes no more.
         """
         self._status |= fields
-        self._transport.publish(self._state_topic, self._encode(self._status), retain=True)
+        self._open_transport.publish(self._state_topic, self._encode(self._status), retain=True)
+
+    def note(self, **fields: Any) -> None:
+        """As ``tell`` where there is a connection; else it is told with the next one."""
+        self._status |= fields
+        if self.connected:
+            with contextlib.suppress(TransportError):
+                self.tell()
 
     @property
     def waiting(self) -> frozenset[int]:
@@ -248,6 +301,10 @@ class Exchange:
             if now >= deadline and not self._arrived:
                 return None
 
+    def affords(self, frames: Sequence[bytes]) -> bool:
+        """Whether these may be sent now, by the allowance."""
+        return self._allowance is None or self._allowance.wait_s(sum(map(len, frames))) == 0
+
     def ask(self, outbox: OutboxStep, meanwhile: Callable[[], None] = lambda: None) -> Reply:
         """Send a step until its reply comes; replies to other steps are kept for ``reply``.
 
@@ -262,19 +319,38 @@ class Exchange:
             RefusedError: the server refused the step, or ended the run.
             TransportError: see ``reply``.
         """
+        reply = self._await(outbox, meanwhile, math.inf)
+        if reply is None:
+            raise TransportError(f"no reply to step {outbox.step}: is the server up? look at psgl-server's output")
+        return reply
+
+    def ask_within(self, outbox: OutboxStep, timeout_s: float) -> Reply | None:
+        """As ``ask``, but None when no reply came in time; a later one is ignored."""
+        return self._await(outbox, lambda: None, timeout_s)
+
+    def _await(self, outbox: OutboxStep, meanwhile: Callable[[], None], timeout_s: float) -> Reply | None:
+        deadline = time.monotonic() + timeout_s
         self.send(outbox)
         meanwhile()
         others: list[Reply] = []
         try:
             while True:
-                reply = self.reply(1.0)
+                reply = self.reply(max(min(1.0, deadline - time.monotonic()), 0.0))
                 if reply is not None and reply.step == outbox.step:
                     return _unless_refused(reply)
                 if reply is not None:
                     others.append(reply)
+                elif time.monotonic() >= deadline:
+                    return None
         finally:
             self._waiting.pop(outbox.step, None)
             self._arrived.extendleft(reversed(others))
+
+    def turn(self) -> None:
+        """One turn of whoever waits elsewhere: raises KeyboardInterrupt after ``interrupt``."""
+        self._turn()
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt
 
     def interrupt(self) -> None:
         """Make whoever waits raise KeyboardInterrupt within a second; from any thread or a signal handler."""
@@ -297,7 +373,7 @@ class Exchange:
 
     def _greet(self) -> None:
         """After every new connection: tell the state anew, and send all that waits again."""
-        generation = self._transport.generation
+        generation = self._open_transport.generation
         if generation != self._generation:
             self._generation = generation
             self.tell()
@@ -309,7 +385,7 @@ class Exchange:
 
     def _send_due(self) -> None:
         self._greet()
-        if self._transport.refused_messages > self._refused:
+        if self._open_transport.refused_messages > self._refused:
             raise TransportError(
                 f"the broker refuses what this device publishes on {self._up_topic}: correct its ACL for this user"
             )
@@ -322,6 +398,10 @@ class Exchange:
                     f"no reply to step {each.outbox.step} for {self._give_up_s:g} s: "
                     "is the server up? look at psgl-server's output"
                 )
+            wait_s = 0.0 if self._allowance is None else self._allowance.wait_s(each.outbox.frames_size)
+            if wait_s:
+                each.resend_at = now + min(wait_s, 60.0)  # the clock of the allowance may be set meanwhile
+                continue
             # Jitter keeps a fleet that lost its broker from coming back in one wave.
             each.resend_at = now + each.pause_s * random.uniform(1.0, 1.25)
             each.pause_s = min(2 * each.pause_s, _LONGEST_PAUSE * self._resend_s)
@@ -330,25 +410,33 @@ class Exchange:
             self._send(each.outbox.frames)
 
     def _send(self, frames: tuple[bytes, ...]) -> None:
+        transport = self._open_transport
+        if self._allowance is not None:
+            self._allowance.spend(sum(map(len, frames)))
         try:
             for frame in frames:
-                self._transport.publish(self._up_topic, frame)
+                transport.publish(self._up_topic, frame)
                 self.traffic.bytes_sent += len(frame)
         except TransportError:
             # The queue is full because the broker is away: the same bytes go out after the pause.
-            if max(map(len, frames)) > self._transport.max_packet_bytes:
+            if max(map(len, frames)) > transport.max_packet_bytes:
                 raise
+
+    @property
+    def _open_transport(self) -> Transport:
+        if self._transport is None:
+            raise TransportError("the client is not connected: call start() first")
+        return self._transport
 
     def _receive(self, timeout_s: float) -> None:
         """Take one message: an announcement is noted, a reply kept, anything else counted.
 
         It is acknowledged to the broker when the next one is asked for, so that a reply takes effect first.
         """
-        if self._interrupted.is_set():
-            raise KeyboardInterrupt
+        self.turn()
         while self._taken:
             self._taken.popleft().acknowledge()
-        received = self._transport.receive(timeout_s)
+        received = self._open_transport.receive(timeout_s)
         if received is None:
             return
         self._taken.append(received)
@@ -361,7 +449,7 @@ class Exchange:
             self.traffic.rejected[exc.reason] += 1
             foreign = foreign_version(received.payload) if received.topic == self._model_topic else None
             if foreign is not None:
-                _refuse_version([foreign.version])
+                refuse_version([foreign.version])
 
     def _take(self, topic: str, message: Message) -> None:
         if topic == self._model_topic:
@@ -384,19 +472,7 @@ class Exchange:
             self._arrived.append(Reply(message, message.step, waiting.sent - 1))
 
     def _note(self, message: Message) -> None:
-        fields = message.fields
-        _refuse_version(fields.get("speaks", []))
-        plan = Plan(
-            run=message.run,
-            bundle=str(fields["bundle"]),
-            status=str(fields["status"]),
-            rounds=int(fields["rounds"]),
-            evaluate_every=int(fields["evaluate_every"]),
-            batch=int(fields["batch"]),
-            fronts=str(fields.get("fronts", "own")),
-            front=int(fields.get("front", 0)),
-            server=str(fields.get("server", "")),
-        )
+        plan = plan_of(message)
         if self._joined and self.plan is not None:
             if plan.run != self.plan.run:
                 raise RefusedError(
@@ -409,12 +485,6 @@ class Exchange:
             if plan.server != self.plan.server:
                 self._hurry()
         self.plan = plan
-
-
-def _refuse_version(theirs: Sequence[object]) -> None:
-    conflict = version_conflict(theirs, here="device", there="server")
-    if conflict is not None:
-        raise RefusedError("version", conflict)
 
 
 def _unless_refused(reply: Reply) -> Reply:

@@ -197,6 +197,11 @@ class MemoryTransport:
         return self._generation
 
     @property
+    def connected(self) -> bool:
+        """Whether the broker runs and this client is open."""
+        return self._connected
+
+    @property
     def max_packet_bytes(self) -> int:
         """The configured limit."""
         return self._max_packet_bytes

@@ -77,6 +77,11 @@ class MqttTransport(ABC):
         return self._generation
 
     @property
+    def connected(self) -> bool:
+        """Whether the broker has accepted a connection that is not known to be lost."""
+        return self._connected and not self._closing.is_set()
+
+    @property
     def max_packet_bytes(self) -> int:
         """The smaller of the configured limit and the broker's (MQTT 5: CONNACK Maximum Packet Size)."""
         return self._max_packet_bytes

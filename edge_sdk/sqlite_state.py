@@ -29,7 +29,7 @@ from edge_sdk.front import FrontState
 from edge_sdk.limits import DEFAULT_LIMITS
 from edge_sdk.noise import KEY_BYTES
 from edge_sdk.sealing import Sealer
-from edge_sdk.state import OutboxLimits, OutboxStep, room_for
+from edge_sdk.state import OutboxLimits, OutboxStep, device_counters, room_for
 from edge_sdk.state_file import DamagedError, StateFile, Statement, record, record_map
 
 __all__ = ["SqliteState", "forget"]
@@ -155,7 +155,8 @@ class SqliteState:
         """Start over for a run, in one transaction. See ``State.begin_run``."""
         dropped = tuple(self._rows)
         packed = _pack_front(front)
-        progress = replace(self._progress, run=run, outbox_crc=0, counters={})
+        kept = device_counters(self._progress.counters)
+        progress = replace(self._progress, run=run, outbox_crc=0, counters=kept)
         progress = replace(progress, version=front.version, front_crc=zlib.crc32(packed))
         self._file.commit(("DELETE FROM outbox", ()), record("front", packed), _record_of(progress))
         self._progress, self._front = progress, front

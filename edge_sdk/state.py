@@ -19,7 +19,10 @@ from edge_sdk.errors import ConfigError, OutboxFullError
 from edge_sdk.front import FrontState
 from edge_sdk.noise import KEY_BYTES
 
-__all__ = ["MemoryState", "OutboxLimits", "OutboxStep", "State", "room_for"]
+__all__ = ["DEVICE", "MemoryState", "OutboxLimits", "OutboxStep", "State", "device_counters", "room_for"]
+
+DEVICE = "device."
+"""How the names of counters begin that outlive a run."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,15 @@ class OutboxStep:
     label: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     @property
+    def frames_size(self) -> int:
+        """Bytes of the frames."""
+        return sum(map(len, self.frames))
+
+    @property
     def size(self) -> int:
         """Bytes of frames, batch and labels."""
         arrays = sum(array.nbytes for array in (self.x, self.label) if array is not None)
-        return sum(map(len, self.frames)) + arrays
+        return self.frames_size + arrays
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,11 @@ def room_for(step: OutboxStep, sizes: Mapping[int, int], limits: OutboxLimits) -
     return tuple(dropped)
 
 
+def device_counters(counters: Mapping[str, int]) -> dict[str, int]:
+    """Those that a new run leaves as they are."""
+    return {name: value for name, value in counters.items() if name.startswith(DEVICE)}
+
+
 class State(Protocol):
     """The contract of every state backend. Each method that changes something is one commit: whole or not at all.
 
@@ -144,6 +157,8 @@ class State(Protocol):
 
     def begin_run(self, run: str, front: FrontState) -> tuple[int, ...]:
         """Start over for a run: empty the outbox, clear the counters, take this front.
+
+        Counters whose name begins with ``DEVICE`` are the device's own and stay.
 
         Returns:
             Numbers of the steps that were dropped from the outbox.
@@ -235,7 +250,7 @@ class MemoryState:
         dropped = tuple(self._outbox)
         self._run, self._front = run, front
         self._outbox.clear()
-        self._counters.clear()
+        self._counters = device_counters(self._counters)
         return dropped
 
     def note(self, counters: Mapping[str, int]) -> None:

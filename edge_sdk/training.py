@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from edge_sdk.batch import Samples, batches, shuffled
-from edge_sdk.client import EdgeClient, TrainStep
+from edge_sdk.client import EdgeClient
 from edge_sdk.errors import RefusedError, WireError
+from edge_sdk.steps import TrainStep
 
 __all__ = ["Evaluation", "evaluate", "follow"]
 
@@ -76,13 +77,13 @@ def evaluate(client: EdgeClient, samples: Samples, *, epsilon: float | None = No
         epsilon: perturbation budget in place of the bundle's; 0 sends the samples unperturbed.
 
     Raises:
-        BatchError, RefusedError, TransportError: as in ``EdgeClient.infer``.
+        BatchError, RefusedError, TransportError: as in ``EdgeClient.ask``.
     """
     total = Evaluation()
     batch = client.plan.batch
     for start in range(0, len(samples), batch):
         part = samples.take(np.arange(start, min(start + batch, len(samples))))
-        decision = client.infer(part.x, epsilon=epsilon)
+        decision = client.ask(part.x, epsilon=epsilon)
         right = decision.classes == part.y
         total.samples += len(part)
         total.fused += int(right.sum())

@@ -133,6 +133,10 @@ class Transport(Protocol):
         """Connections established so far; a change means: reconnected, subscriptions are renewed, resend."""
 
     @property
+    def connected(self) -> bool:
+        """Whether there is a connection to the broker now, as far as this end knows."""
+
+    @property
     def max_packet_bytes(self) -> int:
         """Largest packet (topic, payload, 64 bytes more) that ``publish`` takes; may shrink in ``open``."""
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.batch import Dataset, load_dataset
 from edge_sdk.console import add_debug, require
+from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:

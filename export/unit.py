@@ -20,7 +20,8 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.batch import Dataset, Samples, load_dataset
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError, PsglError
 from edge_sdk.version import __version__
 from export.build import BuildOptions, build_bundle, class_names, measured_range, perturbation_of

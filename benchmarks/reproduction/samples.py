@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
-from edge_sdk.batch import Samples, as_batch, load_dataset
+from edge_sdk.batch import Samples, as_batch
+from edge_sdk.dataset import load_dataset
 from edge_sdk.errors import BatchError
 from examples.quickstart.data import load
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.status import Status
 
-from edge_sdk.batch import save_dataset
 from edge_sdk.console import new_parser, run
+from edge_sdk.dataset import save_dataset
 from edge_sdk.errors import ConfigError
 from examples.quickstart.data import Division, divide, load
 from server_sdk.broker import EmbeddedBroker

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from edge_sdk.batch import Dataset, Samples, load_dataset
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError
 
 __all__ = ["Division", "divide", "load"]

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.batch import as_batch, load_dataset
+from edge_sdk.batch import as_batch
 from edge_sdk.bundle import load_bundle
 from edge_sdk.console import add_debug, require
+from edge_sdk.dataset import load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.batch import Dataset, Samples
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import Dataset
 from server_sdk.errors import ServerError
 
 __all__ = ["Division", "divide"]

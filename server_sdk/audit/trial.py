@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.batch import save_dataset
 from edge_sdk.bundle import load_bundle
 from edge_sdk.codec import unpack_tensors
+from edge_sdk.dataset import save_dataset
 from edge_sdk.errors import WireError
 from edge_sdk.front import FrontState
 from edge_sdk.ledger import bits_per_sample

@@ -19,7 +19,8 @@ from benchmarks.reproduction.plan import HEADLINE, STAGES, Attack, Cell, Setting
 from benchmarks.reproduction.samples import DataSet, Labelled, Parts, divide, read
 from benchmarks.reproduction.scores import fit_weights, follow, score
 from benchmarks.reproduction.tables import collect, figures_of, find, spread
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import save_dataset
 from edge_sdk.errors import BatchError
 from server_sdk.fusion import BASE_WEIGHTS, fuse
 from server_sdk.reference.guide import Guide

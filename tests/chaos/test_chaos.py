@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from benchmarks.chaos_check import Verdict, check
-from edge_sdk.batch import Samples, load_dataset, save_dataset
+from edge_sdk.batch import Samples
 from edge_sdk.bundle import load_bundle
 from edge_sdk.client import EdgeClient
 from edge_sdk.codec import pack_tensors
+from edge_sdk.dataset import load_dataset, save_dataset
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.training import follow
 from server_sdk.assembly import back_path, trainer_from

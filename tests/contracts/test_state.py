@@ -12,7 +12,7 @@ import pytest
 from edge_sdk.errors import ConfigError, OutboxFullError, StateError
 from edge_sdk.front import FrontState
 from edge_sdk.sqlite_state import SqliteState
-from edge_sdk.state import MemoryState, OutboxLimits, OutboxStep, State
+from edge_sdk.state import DEVICE, MemoryState, OutboxLimits, OutboxStep, State
 
 FRONT = FrontState(
     0,
@@ -285,6 +285,15 @@ def test_a_run_begins_with_its_front_and_nothing_else(backend: Backend) -> None:
     state = backend.again(state)
     assert state.begin_run("run-3", FRONT) == ()
     assert same_bits(backend.again(state).front, FRONT)
+
+
+def test_a_new_run_leaves_the_devices_own_counters(backend: Backend) -> None:
+    state = backend.new()
+    state.begin_run("run-1", FRONT)
+    state.note({"trained": 3, f"{DEVICE}allowance": -7, f"{DEVICE}x": 1 << 60})
+    state.begin_run("run-2", LATER)
+    for each in (state, backend.again(state)):
+        assert dict(each.counters) == {f"{DEVICE}allowance": -7, f"{DEVICE}x": 1 << 60}
 
 
 def test_a_new_run_has_all_the_room(backend: Backend) -> None:

@@ -75,12 +75,13 @@ def test_the_queue_of_a_disconnected_client_is_bounded_and_sent_in_order(backend
     server = backend.open("server", "up")
     device = backend.open("device", max_queued=30, relayed=True)
     backend.part(device)
-    backend.eventually(lambda: not device._connected)
+    backend.eventually(lambda: not device.connected)
     for i in range(30):
         device.publish("up", str(i).encode())
     with pytest.raises(TransportError, match=r"30 messages wait .* not connected: .* raise max_queued"):
         device.publish("up", b"too many")
     backend.join(device)
+    backend.eventually(lambda: device.connected)
     assert [int(m.payload) for m in backend.take(server, 30)] == list(range(30))
     assert server.receive(backend.nothing_s) is None
 
@@ -122,8 +123,10 @@ def test_close_delivers_what_is_under_way(backend: Backend) -> None:
 
 def test_close_may_be_called_again_and_ends_everything(backend: Backend) -> None:
     client = backend.open("device")
+    assert client.connected
     client.close()
     client.close()
+    assert not client.connected
     for use in (lambda: client.publish("up", b""), lambda: client.subscribe("up"), lambda: client.receive(1)):
         with pytest.raises(TransportError, match="not open"):
             use()
@@ -133,6 +136,7 @@ def test_close_may_be_called_again_and_ends_everything(backend: Backend) -> None
 
 def test_a_transport_that_was_not_opened_says_so_and_may_be_closed(backend: Backend) -> None:
     client = backend.make("device")
+    assert not client.connected
     with pytest.raises(TransportError, match="not open"):
         client.publish("up", b"")
     with pytest.raises(TransportError, match="not open"):

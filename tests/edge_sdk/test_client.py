@@ -46,7 +46,9 @@ def decision_for(message: Message) -> Message:
 
 
 @contextmanager
-def scripted_server(broker: MemoryBroker, bundle: str, answer: Answer) -> Iterator[list[Message]]:
+def scripted_server(
+    broker: MemoryBroker, bundle: str, answer: Answer, *, device: str = "d1"
+) -> Iterator[list[Message]]:
     """A server that answers the n-th copy of a step as ``answer(message, n)`` says; yields what it saw."""
     transport = MemoryTransport(broker, "server")
     transport.open(None)
@@ -69,7 +71,7 @@ def scripted_server(broker: MemoryBroker, bundle: str, answer: Answer) -> Iterat
             copies = sum((m.session, m.step) == (message.session, message.step) for m in seen)
             for reply in answer(message, copies):
                 for frame in encode(reply):
-                    transport.publish(topics.down_step("ward", "d1"), frame)
+                    transport.publish(topics.down_step("ward", device), frame)
 
     thread = threading.Thread(target=serve)
     thread.start()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from edge_sdk.batch import Samples
-from edge_sdk.client import Decision
+from edge_sdk.decisions import Decision
 from edge_sdk.errors import WireError
-from edge_sdk.exchange import Plan
+from edge_sdk.plan import Plan
 from edge_sdk.training import Evaluation, evaluate
 
 
@@ -23,7 +23,7 @@ class Decider:
         self.asked = 0
         self.plan = Plan("run", "bundle", "training", rounds=1, evaluate_every=0, batch=32)
 
-    def infer(self, x: Any, *, epsilon: float | None = None) -> Decision:
+    def ask(self, x: Any, *, epsilon: float | None = None) -> Decision:
         self.epsilons.append(epsilon)
         probabilities = np.tile(np.array([0.1, 0.9, 0.0], np.float32), (len(x), 1))
         guide = None if self.guide is None else np.array(self.guide[self.asked : self.asked + len(x)])

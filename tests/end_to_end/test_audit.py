@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import save_dataset
 
 
 def run_audit(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_sdk import topics
-from edge_sdk.batch import load_dataset
+from edge_sdk.dataset import load_dataset
 
 ROUNDS = 120
 KEY = "5e" * 32

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
 from edge_sdk.bundle import load_bundle
+from edge_sdk.dataset import save_dataset
 from export.build_command import _PROFILES
 from export.cli import main
 from server_sdk.assembly import back_path, trainer_from

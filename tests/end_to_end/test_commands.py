@@ -208,7 +208,13 @@ def test_bad_options(arguments: tuple[str, ...], words: str, built: dict[str, An
 
 @pytest.mark.parametrize(
     "command",
-    [("edge_sdk.cli", "run"), ("server_sdk.cli", "train"), ("export.cli", "build"), ("examples.quickstart",)],
+    [
+        ("edge_sdk.cli", "run"),
+        ("edge_sdk.cli", "check"),
+        ("server_sdk.cli", "train"),
+        ("export.cli", "build"),
+        ("examples.quickstart",),
+    ],
 )
 def test_help_shows_examples(command: tuple[str, ...]) -> None:
     done = run(*command, "--help")

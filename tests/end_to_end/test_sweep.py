@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import save_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = """\

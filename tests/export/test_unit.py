@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_sdk.batch import Samples, save_dataset
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import save_dataset
 from edge_sdk.errors import BatchError
 from export import unit as unit_module
 from export.errors import ExportError

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_sdk.batch import Dataset, Samples
+from edge_sdk.batch import Samples
+from edge_sdk.dataset import Dataset
 from server_sdk.audit.division import divide
 from server_sdk.errors import ServerError
 
