@@ -47,6 +47,8 @@ CASES = {
     "max_pool2d": Case(lambda: nn.MaxPool2d(2), (3, 7, 6)),
     "max_pool2d_padded": Case(lambda: nn.MaxPool2d(3, stride=3, padding=1), (2, 8, 9)),
     "max_pool1d": Case(lambda: nn.MaxPool1d(3), (2, 13)),
+    "max_pool1d_pairs": Case(lambda: nn.MaxPool1d(2), (3, 8)),
+    "max_pool1d_pairs_odd": Case(lambda: nn.MaxPool1d(2), (3, 9)),
     "avg_pool2d": Case(lambda: nn.AvgPool2d(2), (3, 7, 6)),
     "avg_pool2d_overlapping": Case(lambda: nn.AvgPool2d(3, stride=2, padding=1), (3, 7, 8)),
     "avg_pool1d": Case(lambda: nn.AvgPool1d(4), (2, 14)),
@@ -256,6 +258,9 @@ def test_max_pool_gives_a_tie_to_the_first(zoo, run) -> None:
     wanted = np.zeros_like(x)
     wanted[:, :, 0:6:2, 0:6:2] = g
     np.testing.assert_array_equal(got["dx"], wanted)
+    g = np.arange(1, 1 + 2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    got = run(graphs["max_pool1d_pairs"], {"x": np.zeros((2, 3, 8), np.float32), "g": g})
+    assert (got["dx"][..., 0::2] == g).all() and not got["dx"][..., 1::2].any()
 
 
 def test_only_standard_operators_and_no_metadata(zoo) -> None:
