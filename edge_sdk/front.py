@@ -18,6 +18,7 @@ import onnxruntime as ort
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BatchError, BundleError, ConfigError
 from edge_sdk.noise import KEY_BYTES, draw_noise
+from edge_sdk.sessions import open_session
 
 __all__ = ["Forward", "Front", "FrontState"]
 
@@ -77,7 +78,7 @@ class Front:
         noise_key: 32 secret bytes (``State.noise_key``), from which a bundle with noise draws it.
 
     Raises:
-        BundleError: this onnxruntime cannot run a graph of the bundle.
+        BundleError: this onnxruntime cannot run a graph of the bundle, or one is not as the manifest says.
         ConfigError: a bundle with noise and no key.
     """
 
@@ -86,13 +87,10 @@ class Front:
         if bundle.manifest.noise and noise_key is None:
             raise ConfigError("the bundle adds noise to its activations: give a noise_key, kept secret on the device")
         self._noise_key = noise_key
-        self._options = ort.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.inter_op_num_threads = 1
-        self._options.log_severity_level = 3
-        # Four arenas that grow by doubling cost more memory than the allocator's own reuse (see edge_sdk/memory.py).
-        self._options.enable_cpu_mem_arena = False
-        self._sessions = {name: self._session(name) for name in bundle.graphs}
+        stated = bundle.manifest.interfaces
+        self._sessions = {
+            name: open_session(name, graph, stated.get(name), threads=threads) for name, graph in bundle.graphs.items()
+        }
         self._inputs = {name: [i.name for i in s.get_inputs()] for name, s in self._sessions.items()}
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
         missing = {
@@ -201,16 +199,6 @@ class Front:
             self._noise_key, context.digest(), x, shape, self._bundle.manifest.noise_kind
         )
         return drawn
-
-    def _session(self, name: str) -> ort.InferenceSession:
-        try:
-            return ort.InferenceSession(self._bundle.graphs[name], self._options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # onnxruntime raises types of its own native module
-            reason = str(exc).strip().splitlines()[0][:160]
-            raise BundleError(
-                f"onnxruntime {ort.__version__} cannot run the bundle's {name!r} graph ({reason}): "
-                "upgrade onnxruntime or export the bundle again"
-            ) from exc
 
     def _run(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
         if name not in self._sessions and self._bundle.manifest.frozen:

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from edge_sdk.batch import Samples, as_batch
-from edge_sdk.bundle import INITIAL, Manifest, write_bundle
+from edge_sdk.bundle import INITIAL, PARITY, Manifest, write_bundle
 from edge_sdk.codec import pack_tensors
 from edge_sdk.errors import ConfigError
 from edge_sdk.noise import NOISE_KINDS
 from edge_sdk.packing import Packing
 from edge_sdk.version import __version__
+from export.costs import facts_of
 from export.errors import ExportError
 from export.graphs import GraphSet, Optimizer, build_graphs
 from export.parity import check_parity
@@ -182,15 +183,20 @@ def build_bundle(
         noise=wanted.noise > 0,
         frozen=wanted.frozen,
     )
-    worst = check_parity(
-        graphs,
-        front,
-        guide,
-        options.input_shape,
-        perturbation,
-        options.downsample,
-        options.optimizer,
-        noise=wanted.noise > 0,
+    facts = facts_of(graphs.by_name, graphs.tensors, perturbation.epsilon if perturbation else 0.0)
+    worst = max(
+        check_parity(
+            graphs,
+            front,
+            guide,
+            options.input_shape,
+            perturbation,
+            options.downsample,
+            options.optimizer,
+            noise=wanted.noise > 0,
+            vectors=vectors,
+        )
+        for vectors in (None, facts.given)
     )
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
     cut_shape = _cut_shape(front, options, perturbation)
@@ -219,10 +225,12 @@ def build_bundle(
         bound=wanted.bound,
         max_batch=options.max_batch,
         input_range=options.input_range,
+        interfaces=facts.interfaces,
+        costs=facts.costs,
         server=part.as_manifest(),
         versions={"psgl": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}},
     )
-    bundle_id = write_bundle(out, manifest, _files(graphs))
+    bundle_id = write_bundle(out, manifest, {**_files(graphs), PARITY: facts.parity})
     beside = back_path(out)
     try:
         beside.write_bytes(weights)
