@@ -26,6 +26,7 @@ import numpy.typing as npt
 from edge_sdk.codec import unpack_tensors
 from edge_sdk.errors import BundleError, WireError
 from edge_sdk.manifest import FORMAT, FORMAT_VERSION, Manifest, document_of, parse_manifest
+from edge_sdk.signing import SIGNATURE_BYTES, PublicKey, SigningKey
 from edge_sdk.vectors import unpack_vectors
 
 __all__ = ["FORMAT_VERSION", "Bundle", "Manifest", "load_bundle", "write_bundle"]
@@ -33,6 +34,7 @@ __all__ = ["FORMAT_VERSION", "Bundle", "Manifest", "load_bundle", "write_bundle"
 MANIFEST = "manifest.json"
 INITIAL = "initial.cbor"
 PARITY = "parity.cbor"
+SIGNATURE = "signature"
 
 _MAX_FILES = 32
 _MAX_MANIFEST_BYTES = 1 << 20
@@ -68,13 +70,16 @@ class Bundle:
     parity: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
 
-def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes]) -> str:
+def write_bundle(
+    path: str | Path, manifest: Manifest, files: Mapping[str, bytes], *, sign_key: SigningKey | None = None
+) -> str:
     """Write a bundle in one atomic step.
 
     Args:
         path: the file to write; a file that stands there is replaced.
         manifest: what the bundle says of itself.
         files: ``initial.cbor``, ``parity.cbor`` and the manifest's ``graphs``, ``infer.onnx`` and so on, by name.
+        sign_key: signs the manifest; the id stays the same.
 
     Returns:
         The bundle's id.
@@ -84,7 +89,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     """
     path = Path(path)
     for name, data in files.items():
-        if not _NAME.fullmatch(name) or name == MANIFEST or len(data) > _MAX_FILE_BYTES:
+        if not _NAME.fullmatch(name) or name in (MANIFEST, SIGNATURE) or len(data) > _MAX_FILE_BYTES:
             raise BundleError(
                 f"{name!r} cannot be part of a bundle: short lower-case names, at most {_MAX_FILE_BYTES} bytes"
             )
@@ -99,12 +104,13 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
     document = document_of(manifest, hashes)
     text = json.dumps(document, indent=1, sort_keys=True).encode()
+    signed = {} if sign_key is None else {SIGNATURE: sign_key.sign(text)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as temporary:
             try:
                 with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-                    for name, data in ((MANIFEST, text), *sorted(files.items())):
+                    for name, data in ((MANIFEST, text), *signed.items(), *sorted(files.items())):
                         # A fixed date keeps equal bundles equal to the byte.
                         info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
                         info.compress_type = zipfile.ZIP_DEFLATED
@@ -121,17 +127,23 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     return _bundle_id(text)
 
 
-def load_bundle(path: str | Path) -> Bundle:
+def load_bundle(path: str | Path, *, public_key: PublicKey | None = None) -> Bundle:
     """Read a bundle and check every byte of it against its manifest.
 
+    Args:
+        path: the file.
+        public_key: of who signs bundles: the manifest's signature is checked before anything is made of it. Without a
+            key a signature is not looked at.
+
     Raises:
-        BundleError: the file is missing, cut off, changed, of another version or unreasonably large.
+        BundleError: the file is missing, cut off, changed, of another version or unreasonably large; with a public key
+            also not signed, or signed with another.
     """
     path = Path(path)
     try:
         _check_directory(path)
         with zipfile.ZipFile(path) as archive:
-            text, document, contents = _read(archive, path)
+            text, document, contents = _read(archive, path, public_key)
             manifest = parse_manifest(document, path)
             for needed in _needed(manifest):
                 if needed not in contents:
@@ -198,7 +210,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON (RFC 8259)")
 
 
-def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
+def _read(
+    archive: zipfile.ZipFile, path: Path, public_key: PublicKey | None
+) -> tuple[bytes, dict[str, Any], dict[str, bytes]]:
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) != len(archive.infolist()) or len(entries) > _MAX_FILES or MANIFEST not in entries:
         raise BundleError(f"{path} is not a bundle: it needs one {MANIFEST} and at most {_MAX_FILES} files")
@@ -208,6 +222,9 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
         if not _NAME.fullmatch(name):
             raise BundleError(f"{path} holds a file with the name {name[:80]!r}, which no bundle has: do not use it")
     text = _unpack(archive, entries[MANIFEST], _MAX_MANIFEST_BYTES, path)
+    signature = _unpack(archive, entries[SIGNATURE], SIGNATURE_BYTES, path) if SIGNATURE in entries else None
+    if public_key is not None:
+        public_key.check(text, signature, path)
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as exc:
@@ -220,7 +237,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, Any], 
             f"{FORMAT_VERSION}: export it again with the psgl-export of this version, or upgrade psgl on this machine"
         )
     files = document.get("files")
-    if not isinstance(files, dict) or set(files) != set(entries) - {MANIFEST}:
+    if not isinstance(files, dict) or set(files) != set(entries) - {MANIFEST, SIGNATURE}:
         raise BundleError(f"{path} does not hold the files that its manifest names: copy or export it again")
     total = sum(entry.file_size for entry in entries.values())
     if total > _MAX_BUNDLE_BYTES:

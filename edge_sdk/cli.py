@@ -13,6 +13,9 @@ from typing import Any
 
 from edge_sdk.batch import Dataset, load_dataset
 from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.bundle_commands import COMMANDS as BUNDLE_COMMANDS
+from edge_sdk.bundle_commands import EXAMPLES as BUNDLE_EXAMPLES
+from edge_sdk.bundle_commands import add_bundle_commands, add_public_key, run_bundle_command
 from edge_sdk.client import EdgeClient
 from edge_sdk.codec import pack_tensors
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
@@ -22,6 +25,7 @@ from edge_sdk.ledger import bits_per_sample
 from edge_sdk.memory import keep_freed_memory, peak_rss_mb
 from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.sealing import load_key
+from edge_sdk.signing import public_key_from
 from edge_sdk.sqlite_state import SqliteState, forget
 from edge_sdk.state import OutboxLimits
 from edge_sdk.topics import check_name
@@ -39,7 +43,9 @@ _EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``psgl-edge``; returns the exit code."""
-    parser = new_parser("psgl-edge", "A device of a split-learning fleet: its data stays here.", _EXAMPLES)
+    parser = new_parser(
+        "psgl-edge", "A device of a split-learning fleet: its data stays here.", _EXAMPLES + BUNDLE_EXAMPLES
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "run",
@@ -121,15 +127,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write steps, bytes and memory of this process here (JSON)",
     )
     train.add_argument("--json", action="store_true", help="print every event as one JSON line")
+    add_public_key(train)
     add_broker_options(train)
     add_debug(train)
+    add_bundle_commands(commands)
     arguments = parser.parse_args(argv)
-    return run(lambda: _run(arguments), debug=getattr(arguments, "debug", False))
+    command = run_bundle_command if arguments.command in BUNDLE_COMMANDS else _run
+    return run(lambda: command(arguments), debug=getattr(arguments, "debug", False))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
-    bundle = load_bundle(arguments.bundle)
+    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
     signal = True if len(bundle.manifest.input_shape) == 2 else None
     dataset = load_dataset(arguments.data, classes=len(bundle.manifest.classes), signal=signal)
     if dataset.input_shape != bundle.manifest.input_shape:

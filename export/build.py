@@ -21,6 +21,7 @@ from edge_sdk.codec import pack_tensors
 from edge_sdk.errors import ConfigError
 from edge_sdk.noise import NOISE_KINDS
 from edge_sdk.packing import Packing
+from edge_sdk.signing import SigningKey
 from edge_sdk.version import __version__
 from export.costs import facts_of
 from export.errors import ExportError
@@ -143,7 +144,12 @@ def prepare_guide(
 
 
 def build_bundle(
-    out: Path, options: BuildOptions, guide: Guide | None, *, network: nn.Sequential | None = None
+    out: Path,
+    options: BuildOptions,
+    guide: Guide | None,
+    *,
+    network: nn.Sequential | None = None,
+    sign_key: SigningKey | None = None,
 ) -> Built:
     """Export one bundle and the back's weights beside it.
 
@@ -152,6 +158,7 @@ def build_bundle(
         guide: from ``prepare_guide``; needed where the profile perturbs.
         network: the whole network, trained: its front's weights and statistics go into the bundle, its back's beside
             it. None: initial weights from the seed, which a frozen front cannot do with. It is not changed.
+        sign_key: signs the bundle.
 
     Raises:
         ExportError: an unknown profile, a model that cannot be exported, graphs that do not compute what torch does, a
@@ -230,7 +237,7 @@ def build_bundle(
         server=part.as_manifest(),
         versions={"psgl": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}},
     )
-    bundle_id = write_bundle(out, manifest, {**_files(graphs), PARITY: facts.parity})
+    bundle_id = write_bundle(out, manifest, {**_files(graphs), PARITY: facts.parity}, sign_key=sign_key)
     beside = back_path(out)
     try:
         beside.write_bytes(weights)
