@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 INITIAL = "initial.cbor"
 PARITY = "parity.cbor"
 SIGNATURE = "signature"
+ID_DIGITS = 32
 
 _MAX_FILES = 32
 _MAX_MANIFEST_BYTES = 1 << 20
@@ -189,7 +190,7 @@ def _needed(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _bundle_id(manifest: bytes) -> str:
-    return hashlib.sha256(manifest).hexdigest()[:32]
+    return hashlib.sha256(manifest).hexdigest()[:ID_DIGITS]
 
 
 def _short(value: object) -> str:
