@@ -20,7 +20,7 @@ from export.cli import main
 from export.costs import cost_of, interface_of
 from export.errors import ExportError
 from export.firmware import CONFIG, write_firmware
-from export.quantise import bake
+from export.quantise import bake, to_int8
 from export.report import report_on
 
 Draw = Callable[[int, int], Samples]
@@ -156,6 +156,19 @@ def test_weights_that_are_built_in_change_nothing(built: dict[str, Any]) -> None
         assert {one.name for one in session.get_inputs()} == feed.keys()
         found.append(session.run(None, feed)[0])
     assert np.allclose(*found, atol=1e-6)
+
+
+def test_an_int8_front_keeps_all_of_the_noise(built: dict[str, Any], samples: Draw) -> None:
+    """A range that was calibrated without noise would clip it, and the bound on what is told would not hold."""
+    bundle = built["hardened"].bundle
+    x = samples(30, 5).x.astype(np.float32) / 255
+    still = {"x": x, "noise": np.zeros((30, 32), np.float32)}
+    small = to_int8(bake(bundle.graphs["infer"], bundle.initial), [still])
+    assert b"QuantizeLinear" in small
+    session = ort.InferenceSession(small, providers=["CPUExecutionProvider"])
+    noise = np.random.default_rng(0).normal(0, 3, (30, 32)).astype(np.float32)
+    added = session.run(None, {**still, "noise": noise})[0] - session.run(None, still)[0]
+    assert np.allclose(added, noise, atol=1e-5)
 
 
 def test_the_command(built: dict[str, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
