@@ -105,6 +105,10 @@ def write_bundle(
     hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
     document = document_of(manifest, hashes)
     text = json.dumps(document, indent=1, sort_keys=True).encode()
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"the manifest is {len(text)} bytes, the limit is {_MAX_MANIFEST_BYTES}: choose a front with fewer layers"
+        )
     signed = {} if sign_key is None else {SIGNATURE: sign_key.sign(text)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

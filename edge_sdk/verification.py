@@ -27,6 +27,7 @@ TOLERANCE = 2e-3
 """Largest difference from what was recorded, relative to the largest recorded element of the same output."""
 
 _LEAST_SIZE = 1e-6  # what is smaller is compared with this
+_NO_NUMBER = 1e30  # stands for an output that is not finite: JSON has no infinity
 Array = npt.NDArray[Any]
 
 
@@ -37,7 +38,7 @@ class GraphCheck:
     Attributes:
         graph: its name.
         passed: every recorded output is within ``TOLERANCE``.
-        worst_error: the largest relative difference; None for ``prepare``, whose results only ``backward`` takes.
+        worst_error: the largest relative difference, 1e30 for an output that is not finite; None for ``prepare``, whose results only ``backward`` takes.
         worst_output: the output that it belongs to.
         batch: samples in the run.
         median_ms, p95_ms: of the repeated runs, one thread.
@@ -146,8 +147,7 @@ def _worst(graph: str, outputs: Mapping[str, Array], recorded: Mapping[str, Arra
             raise BundleError(f"the bundle's parity vector {name[:80]!r} fits no output: export the bundle again")
         size = max(float(np.abs(expected.astype(np.float64)).max()), _LEAST_SIZE)
         error = float(np.abs(found.astype(np.float64) - expected).max()) / size
-        if np.isnan(error):
-            error = float("inf")
+        error = error if error < _NO_NUMBER else _NO_NUMBER
         if worst[0] is None or error > worst[0]:
             worst = error, output
     return worst

@@ -8,7 +8,7 @@ import json
 import struct
 import tracemalloc
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,9 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(bundles, "_MAX_BUNDLE_BYTES", (1 << 20) + 100)
     with pytest.raises(BundleError, match="in all"):
         write_bundle(tmp_path / "net.psgl", MANIFEST, FILES)
+    with pytest.raises(BundleError, match=r"the manifest is .* fewer layers"):
+        monkeypatch.undo()
+        write_bundle(tmp_path / "net.psgl", replace(MANIFEST, server={"x": "y" * (1 << 20)}), FILES)
     assert not list(tmp_path.iterdir())
 
 
