@@ -38,7 +38,8 @@ class GraphCheck:
     Attributes:
         graph: its name.
         passed: every recorded output is within ``TOLERANCE``.
-        worst_error: the largest relative difference, 1e30 for an output that is not finite; None for ``prepare``, whose results only ``backward`` takes.
+        worst_error: the largest relative difference, 1e30 for an output that is not finite; None for ``prepare``, whose
+            results only ``backward`` takes.
         worst_output: the output that it belongs to.
         batch: samples in the run.
         median_ms, p95_ms: of the repeated runs, one thread.
