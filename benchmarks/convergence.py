@@ -30,11 +30,12 @@ from rich.table import Table
 from benchmarks.figures import options, print_figures
 from benchmarks.partition import dirichlet_parts, skew
 from edge_sdk.batch import Samples
-from edge_sdk.bundle import INITIAL, load_bundle, write_bundle
+from edge_sdk.bundle import INITIAL, PARITY, load_bundle, write_bundle
 from edge_sdk.codec import pack_tensors, unpack_tensors
 from edge_sdk.dataset import save_dataset
 from examples.quickstart.data import Division, divide, load
 from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+from export.costs import facts_of
 from server_sdk.assembly import back_path
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.errors import ServerError
@@ -262,7 +263,8 @@ class _Bench:
         tensors = {name: value if name[:2] == "s." else trained[name] for name, value in bundle.initial.items()}
         out = plain.with_name(f"{kind}.psgl")
         graphs = {f"{name}.onnx": data for name, data in bundle.graphs.items()}
-        write_bundle(out, bundle.manifest, {**graphs, INITIAL: pack_tensors(tensors)})
+        parity = facts_of(bundle.graphs, tensors, bundle.manifest.epsilon).parity
+        write_bundle(out, bundle.manifest, {**graphs, INITIAL: pack_tensors(tensors), PARITY: parity})
         shutil.copy(back_path(plain), back_path(out))
         return out
 

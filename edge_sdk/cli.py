@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.bundle_commands import COMMANDS as BUNDLE_COMMANDS
+from edge_sdk.bundle_commands import EXAMPLES as BUNDLE_EXAMPLES
+from edge_sdk.bundle_commands import add_bundle_commands, add_public_key, run_bundle_command
 from edge_sdk.client import EdgeClient
 from edge_sdk.config import load_config
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
@@ -20,6 +24,7 @@ from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.results import write_results
 from edge_sdk.run_options import add_device_options, open_state
+from edge_sdk.signing import public_key_from
 from edge_sdk.sqlite_state import SqliteState
 from edge_sdk.training import follow
 
@@ -40,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``psgl-edge``; returns the exit code."""
     parser, train = _parsers()
     arguments = parser.parse_args(argv)
-    if arguments.command == "check":
-        return run(lambda: _check(train, arguments.config), debug=getattr(arguments, "debug", False))
-    return run(lambda: _run(_configured(parser, train, argv, arguments)), debug=getattr(arguments, "debug", False))
+    return run(lambda: _command(parser, train, argv, arguments), debug=getattr(arguments, "debug", False))
 
 
 def run_parser() -> argparse.ArgumentParser:
@@ -50,9 +53,23 @@ def run_parser() -> argparse.ArgumentParser:
     return _parsers()[1]
 
 
+def _command(
+    parser: argparse.ArgumentParser,
+    train: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    arguments: argparse.Namespace,
+) -> int:
+    if arguments.command in BUNDLE_COMMANDS:
+        return run_bundle_command(arguments)
+    if arguments.command == "check":
+        return _check(train, arguments.config)
+    return _run(_configured(parser, train, argv, arguments))
+
+
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """The whole command, and its ``run``."""
-    parser = new_parser("psgl-edge", "A device of a split-learning fleet: its data stays here.", _EXAMPLES)
+    about = "A device of a split-learning fleet: its data stays here."
+    parser = new_parser("psgl-edge", about, _EXAMPLES + BUNDLE_EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "run",
@@ -134,10 +151,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="write steps, bytes and memory of this process here (JSON)",
     )
     train.add_argument("--json", action="store_true", help="print every event as one JSON line")
+    add_public_key(train)
     add_device_options(train)
     add_broker_options(train)
     add_debug(train)
     _add_check(commands)
+    add_bundle_commands(commands)
     return parser, train
 
 
@@ -177,7 +196,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.data is None:
         raise ConfigError("there are no samples to train on: give --data")
     keep_freed_memory()
-    bundle = load_bundle(arguments.bundle)
+    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
     signal = True if len(bundle.manifest.input_shape) == 2 else None
     dataset = load_dataset(arguments.data, classes=len(bundle.manifest.classes), signal=signal)
     if dataset.input_shape != bundle.manifest.input_shape:

@@ -21,6 +21,7 @@ from edge_sdk.noise import KEY_BYTES
 from edge_sdk.notify import Notifier
 from edge_sdk.results import write_results
 from edge_sdk.run_options import budget_of, limits_of, make_source, open_state, windowing_of
+from edge_sdk.signing import public_key_from
 from edge_sdk.status import Condition
 from edge_sdk.topics import check_name
 from edge_sdk.training import follow
@@ -132,7 +133,7 @@ def _mode(arguments: argparse.Namespace) -> str:
 def _read(arguments: argparse.Namespace) -> tuple[Bundle, Dataset | None]:
     """The bundle, and the samples to train on where the mode has training."""
     check_name(arguments.fleet), check_name(arguments.device)
-    bundle = load_bundle(arguments.bundle)
+    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
     manifest = bundle.manifest
     if _mode(arguments) != "train" and arguments.decisions is None:
         raise ConfigError("decisions are patient data: say where they go with --decisions, or decisions in [infer]")

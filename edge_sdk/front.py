@@ -6,8 +6,6 @@ whole by whoever keeps the state.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,7 @@ import onnxruntime as ort
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BatchError, BundleError, ConfigError
 from edge_sdk.noise import KEY_BYTES, draw_noise
+from edge_sdk.sessions import open_session
 
 __all__ = ["Forward", "Front", "FrontState"]
 
@@ -79,7 +78,7 @@ class Front:
         noise_key: 32 secret bytes (``State.noise_key``), from which a bundle with noise draws it.
 
     Raises:
-        BundleError: this onnxruntime cannot run a graph of the bundle.
+        BundleError: this onnxruntime cannot run a graph of the bundle, or one is not as the manifest says.
         ConfigError: a bundle with noise and no key.
     """
 
@@ -88,13 +87,10 @@ class Front:
         if bundle.manifest.noise and noise_key is None:
             raise ConfigError("the bundle adds noise to its activations: give a noise_key, kept secret on the device")
         self._noise_key = noise_key
-        self._options = ort.SessionOptions()
-        self._options.intra_op_num_threads = threads
-        self._options.inter_op_num_threads = 1
-        self._options.log_severity_level = 3
-        _share_one_arena()
-        self._options.add_session_config_entry("session.use_env_allocators", "1")
-        self._sessions = {name: self._session(name) for name in bundle.graphs}
+        stated = bundle.manifest.interfaces
+        self._sessions = {
+            name: open_session(name, graph, stated.get(name), threads=threads) for name, graph in bundle.graphs.items()
+        }
         self._inputs = {name: [i.name for i in s.get_inputs()] for name, s in self._sessions.items()}
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
         missing = {
@@ -204,16 +200,6 @@ class Front:
         )
         return drawn
 
-    def _session(self, name: str) -> ort.InferenceSession:
-        try:
-            return ort.InferenceSession(self._bundle.graphs[name], self._options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # onnxruntime raises types of its own native module
-            reason = str(exc).strip().splitlines()[0][:160]
-            raise BundleError(
-                f"onnxruntime {ort.__version__} cannot run the bundle's {name!r} graph ({reason}): "
-                "upgrade onnxruntime or export the bundle again"
-            ) from exc
-
     def _run(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
         if name not in self._sessions and self._bundle.manifest.frozen:
             raise ConfigError(_FROZEN)
@@ -231,18 +217,6 @@ class Front:
             key: value if key[:2] in _INNER else value.numpy()
             for key, value in zip(self._outputs[name], values, strict=True)
         }
-
-
-@functools.cache
-def _share_one_arena() -> None:
-    """One arena for all sessions of this process: what one has freed serves the next without fresh pages.
-
-    Arenas of their own would each keep its peak and grow by doubling; without any, each pass would pay for its pages.
-    """
-    info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    as_requested = ort.OrtArenaCfg(0, 1, -1, -1)
-    with contextlib.suppress(Exception):  # the program that we are in has one registered already: it serves as well
-        ort.create_and_register_allocator(info, as_requested)
 
 
 def _as_value(array: Any) -> Any:

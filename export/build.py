@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from edge_sdk.batch import Samples, as_batch
-from edge_sdk.bundle import INITIAL, Manifest, write_bundle
+from edge_sdk.bundle import INITIAL, PARITY, Manifest, write_bundle
 from edge_sdk.codec import pack_tensors
 from edge_sdk.errors import ConfigError
 from edge_sdk.noise import NOISE_KINDS
 from edge_sdk.packing import Packing
+from edge_sdk.signing import SigningKey
 from edge_sdk.version import __version__
+from export.costs import facts_of
 from export.errors import ExportError
 from export.graphs import GraphSet, Optimizer, build_graphs
 from export.parity import check_parity
@@ -142,7 +144,12 @@ def prepare_guide(
 
 
 def build_bundle(
-    out: Path, options: BuildOptions, guide: Guide | None, *, network: nn.Sequential | None = None
+    out: Path,
+    options: BuildOptions,
+    guide: Guide | None,
+    *,
+    network: nn.Sequential | None = None,
+    sign_key: SigningKey | None = None,
 ) -> Built:
     """Export one bundle and the back's weights beside it.
 
@@ -151,6 +158,7 @@ def build_bundle(
         guide: from ``prepare_guide``; needed where the profile perturbs.
         network: the whole network, trained: its front's weights and statistics go into the bundle, its back's beside
             it. None: initial weights from the seed, which a frozen front cannot do with. It is not changed.
+        sign_key: signs the bundle.
 
     Raises:
         ExportError: an unknown profile, a model that cannot be exported, graphs that do not compute what torch does, a
@@ -182,15 +190,20 @@ def build_bundle(
         noise=wanted.noise > 0,
         frozen=wanted.frozen,
     )
-    worst = check_parity(
-        graphs,
-        front,
-        guide,
-        options.input_shape,
-        perturbation,
-        options.downsample,
-        options.optimizer,
-        noise=wanted.noise > 0,
+    facts = facts_of(graphs.by_name, graphs.tensors, perturbation.epsilon if perturbation else 0.0)
+    worst = max(
+        check_parity(
+            graphs,
+            front,
+            guide,
+            options.input_shape,
+            perturbation,
+            options.downsample,
+            options.optimizer,
+            noise=wanted.noise > 0,
+            vectors=vectors,
+        )
+        for vectors in (None, facts.given)
     )
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
     cut_shape = _cut_shape(front, options, perturbation)
@@ -219,10 +232,12 @@ def build_bundle(
         bound=wanted.bound,
         max_batch=options.max_batch,
         input_range=options.input_range,
+        interfaces=facts.interfaces,
+        costs=facts.costs,
         server=part.as_manifest(),
         versions={"psgl": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}},
     )
-    bundle_id = write_bundle(out, manifest, _files(graphs))
+    bundle_id = write_bundle(out, manifest, {**_files(graphs), PARITY: facts.parity}, sign_key=sign_key)
     beside = back_path(out)
     try:
         beside.write_bytes(weights)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.console import add_debug, require
 from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import ConfigError
+from edge_sdk.signing import SigningKey
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +36,7 @@ EXAMPLES = """\
   psgl-export build --data open.npz --steps 500 -o quick.psgl
   psgl-export build --data ecg.npz --signal --input-range -400 400 -o ecg.psgl       (int16 in a sensor's units)
   psgl-export build --data guide.npz --profile paper -o net.psgl
+  psgl-export build --data open.npz -o net.psgl --sign-key key.pem
 """
 
 
@@ -60,6 +62,9 @@ def add_build(commands: Any) -> None:
     )
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="bundle to write; the back's weights go beside it"
+    )
+    parser.add_argument(
+        "--sign-key", type=Path, metavar="FILE", help="sign the bundle with this private key (psgl-export keygen)"
     )
     parser.add_argument(
         "--perturb",
@@ -101,6 +106,7 @@ def build(arguments: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     require("export", "torch", "onnx", "onnxscript", "rich", "torchmetrics")
     _check(arguments)
+    sign_key = None if arguments.sign_key is None else SigningKey(arguments.sign_key)
     dataset = load_dataset(arguments.data, signal=arguments.signal or None)
     for note in dataset.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -149,9 +155,9 @@ def build(arguments: argparse.Namespace) -> int:
         prepared = prepare(samples, options, recipe, guide_samples=guide_samples, progress=progress)
         if prepared.network is None:
             shown.update("exporting and checking the graphs")
-            built = build_bundle(arguments.out, prepared.options, prepared.guide)
+            built = build_bundle(arguments.out, prepared.options, prepared.guide, sign_key=sign_key)
         else:
-            built = _hardened(arguments, dataset, prepared, recipe, console, progress)
+            built = _hardened(arguments, dataset, prepared, recipe, console, progress, sign_key)
     print(
         f"{built.bundle}  {built.bundle.stat().st_size / 1e3:.0f} KB, id {built.bundle_id}: for devices and server\n"
         f"{built.back}  {'trained' if prepared.network else 'initial'} weights of the back: for the server\n"
@@ -167,6 +173,7 @@ def _hardened(
     recipe: Recipe,
     console: Console,
     progress: Progress,
+    sign_key: SigningKey | None,
 ) -> Built:
     """Write the bundle, once it is said what it costs and shows."""
     import tempfile
@@ -181,7 +188,7 @@ def _hardened(
         trial = build_bundle(Path(folder) / "trial.psgl", options, guide, network=network)
         found = weigh(trial.bundle, dataset.test, undefended=plain, seed=arguments.seed)
     console.print(f"trade-off: {found}", highlight=False)
-    return build_bundle(arguments.out, options, guide, network=network)
+    return build_bundle(arguments.out, options, guide, network=network, sign_key=sign_key)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -32,10 +32,14 @@ def check_parity(
     downsample: int,
     optimizer: Optimizer,
     noise: bool = False,
+    vectors: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> float:
-    """Run every graph beside plain torch (autograd and torch.optim) on one random batch.
+    """Run every graph beside plain torch (autograd and torch.optim) on one random batch, or on what a bundle records.
 
     Of a frozen front that is the inference alone.
+
+    Args:
+        vectors: what is given to the graphs in place of a random batch, by the input's name.
 
     Returns:
         The largest difference, relative to the largest element of the output that it belongs to.
@@ -44,9 +48,15 @@ def check_parity(
         ExportError: a graph is off by more than ``TOLERANCE``.
     """
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(_BATCH, *input_shape, generator=generator)
-    label = torch.full((_BATCH,), -1)
-    given: dict[str, npt.NDArray[Any]] = {**graphs.tensors, "x": x.numpy(), "label": label.numpy()}
+    fixed = {} if vectors is None else {name: torch.from_numpy(array.copy()) for name, array in vectors.items()}
+    x = fixed.get("x", torch.rand(_BATCH, *input_shape, generator=generator))
+    label = torch.full((len(x),), -1)
+    given: dict[str, npt.NDArray[Any]] = {
+        **graphs.tensors,
+        **{name: value.numpy() for name, value in fixed.items()},
+        "x": x.numpy(),
+        "label": label.numpy(),
+    }
     seen, shown = x, None
     expected: dict[str, Tensor] = {}
     if perturbation is not None and guide is not None:
@@ -58,7 +68,7 @@ def check_parity(
     with torch.no_grad():
         added = torch.zeros_like(copy.deepcopy(front).eval()(front_input(seen, shown, downsample)))
     if noise:
-        added = torch.randn(added.shape, generator=generator)
+        added = fixed.get("noise", torch.randn(added.shape, generator=generator))
         given["noise"] = added.numpy()
 
     def forward(name: str, graph: bytes, *, training: bool) -> tuple[dict[str, npt.NDArray[Any]], float]:
@@ -74,24 +84,32 @@ def check_parity(
     trained, error = forward("train", graphs.step.train, training=True)
     worst = max(worst, error)
     twin = copy.deepcopy(front).train()
+    rate = float(fixed.get("rate", optimizer.learning_rate))
     stepper: torch.optim.Optimizer = (
-        torch.optim.Adam(twin.parameters(), optimizer.learning_rate, optimizer.betas, optimizer.epsilon)
+        torch.optim.Adam(twin.parameters(), rate, optimizer.betas, optimizer.epsilon)
         if optimizer.kind == "adam"
-        else torch.optim.SGD(twin.parameters(), optimizer.learning_rate, optimizer.momentum)
+        else torch.optim.SGD(twin.parameters(), rate, optimizer.momentum)
     )
+    if optimizer.kind == "adam":
+        sizes = [value.numel() for value in twin.parameters()]
+        rows = (torch.split(torch.from_numpy(given[f"s.{moment}"].copy()), sizes) for moment in ("m", "v"))
+        for value, mean, square in zip(twin.parameters(), *rows, strict=True):
+            moments = {"exp_avg": mean.reshape(value.shape), "exp_avg_sq": square.reshape(value.shape)}
+            stepper.state[value] = {"step": torch.tensor(0.0), **moments}
     activations = twin(front_input(seen, shown, downsample))
-    gradient = torch.randn(activations.shape, generator=generator)
+    gradient = fixed.get("gradient", torch.randn(activations.shape, generator=generator))
     activations.backward(gradient)
     stepper.step()
-    given |= {"gradient": gradient.numpy(), "rate": np.array(optimizer.learning_rate, np.float32), **trained}
+    given |= {"gradient": gradient.numpy(), "rate": np.array(rate, np.float32), **trained}
     after: dict[str, Tensor] = {}
     steady: dict[str, npt.NDArray[np.bool_]] = {}
     for name, value in twin.named_parameters():
         after[f"next.p.{name}"] = value.detach()
         slope = (value.grad if value.grad is not None else torch.zeros_like(value)).abs()
         if optimizer.kind == "adam":
-            # Adam's first step is the gradient's sign: where the gradient is mere rounding, any sign is right.
-            steady[f"next.p.{name}"] = (slope > 1e-3 * slope.max()).numpy()
+            # From zeros, Adam's first step is the gradient's sign: where that is mere rounding, any sign is right.
+            if not given["s.v"].any():
+                steady[f"next.p.{name}"] = (slope > 1e-3 * slope.max()).numpy()
         elif optimizer.momentum:
             after[f"next.s.{name}.momentum"] = stepper.state[value]["momentum_buffer"]
     if optimizer.kind == "adam":

@@ -28,7 +28,7 @@ FORBIDDEN = {
 }
 EDGE_MAY = {"numpy", "onnxruntime", "paho", "cbor2", "edge_sdk"}
 OPTIONAL = {"cryptography"}
-ONLY_IN = {"paho": {"paho_transport.py", "mqtt_link.py"}, "cryptography": {"sealing.py"}}
+ONLY_IN = {"paho": {"paho_transport.py", "mqtt_link.py"}, "cryptography": {"sealing.py", "signing.py"}}
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -55,14 +55,14 @@ def test_a_frozen_bundle_holds_the_inference_alone(built: dict[str, Any], tmp_pa
     assert made.bundle.manifest.packing == Packing(4, -3.0, 3.0)
     with zipfile.ZipFile(made.path) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if name != MANIFEST}
-    assert set(files) == {"infer.onnx", "initial.cbor"}
+    assert set(files) == {"infer.onnx", "initial.cbor", "parity.cbor"}
     with pytest.raises(BundleError, match=r"holds no train\.onnx"):
         write_bundle(tmp_path / "x", made.bundle.manifest, {**files, "train.onnx": b"x"})
     with pytest.raises(BundleError, match=r"needs infer\.onnx"):
         write_bundle(tmp_path / "x", made.bundle.manifest, {"initial.cbor": files["initial.cbor"]})
     with pytest.raises(BundleError, match=r"needs train\.onnx"):
         write_bundle(tmp_path / "x", replace(made.bundle.manifest, frozen=False), files)
-    with pytest.raises(BundleError, match=r"lacks train\.onnx: export it again"):
+    with pytest.raises(BundleError, match="of other graphs than backward, infer, prepare, train"):
         load_bundle(rewritten(made.path, tmp_path / "thawed", manifest(frozen=False)))
     step = pack_tensors({**made.bundle.initial, "s.step": np.zeros((), np.float32)})
     write_bundle(tmp_path / "stepping", made.bundle.manifest, {**files, "initial.cbor": step})
@@ -97,7 +97,7 @@ def test_a_manifest_that_says_impossible_things_of_the_wire(
         load_bundle(rewritten(built["hardened"].path, tmp_path / "x", manifest(**changes)))
 
 
-@pytest.mark.parametrize("name", ["frozen", "noise_kind", "bits", "span", "bound"])
+@pytest.mark.parametrize("name", ["frozen", "noise_kind", "bits", "span", "bound", "interfaces", "costs"])
 def test_a_bundle_from_before_these_fields_is_refused(name: str, built: dict[str, Any], tmp_path: Path) -> None:
     def without(files: dict[str, bytes]) -> None:
         document = json.loads(files[MANIFEST])
@@ -171,7 +171,7 @@ def change_graph(files: dict[str, bytes]) -> None:
         (add_stranger, "files that its manifest names"),
         (escape, "do not use it"),
         (change_graph, "changed after export"),
-        (manifest(version=2), "version 2, this SDK reads version 1"),
+        (manifest(version=1), "version 1, this SDK reads version 2: export it again"),
         (manifest(format="else"), "not a bundle"),
         (manifest(classes=["only"]), "two classes"),
         (manifest(input_shape=[0, 8, 8]), "incomplete"),

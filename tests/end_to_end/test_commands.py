@@ -165,7 +165,7 @@ def test_bundles_that_must_not_be_used(built: dict[str, Any], data: Path, tmp_pa
     with zipfile.ZipFile(built["paper"].path) as source, zipfile.ZipFile(old, "w") as target:
         for name in source.namelist():
             text = source.read(name)
-            target.writestr(name, text.replace(b'"version": 1', b'"version": 9') if name == "manifest.json" else text)
+            target.writestr(name, text.replace(b'"version": 2', b'"version": 9') if name == "manifest.json" else text)
     for bundle, words in ((cut, "not a whole bundle"), (old, "version 9"), (tmp_path / "none", "psgl-export build")):
         device = run("edge_sdk.cli", "run", bundle, "--data", data, "--device", "d")
         server = run("server_sdk.cli", "train", bundle)
@@ -208,13 +208,9 @@ def test_bad_options(arguments: tuple[str, ...], words: str, built: dict[str, An
 
 @pytest.mark.parametrize(
     "command",
-    [
-        ("edge_sdk.cli", "run"),
-        ("edge_sdk.cli", "check"),
-        ("server_sdk.cli", "train"),
-        ("export.cli", "build"),
-        ("examples.quickstart",),
-    ],
+    [("edge_sdk.cli", "run"), ("server_sdk.cli", "train"), ("export.cli", "build"), ("examples.quickstart",)]
+    + [("edge_sdk.cli", name) for name in ("check", "verify", "install", "rollback")]
+    + [("export.cli", name) for name in ("report", "keygen", "sweep")],
 )
 def test_help_shows_examples(command: tuple[str, ...]) -> None:
     done = run(*command, "--help")

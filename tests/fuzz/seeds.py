@@ -17,8 +17,9 @@ from typing import Any
 import cbor2
 import numpy as np
 
-from edge_sdk.bundle import Manifest
+from edge_sdk.bundle import FORMAT_VERSION, Manifest
 from edge_sdk.codec import pack_tensors
+from edge_sdk.interface import Cost, Interface, TensorType
 from edge_sdk.messages import KINDS, Kind, Message, TensorRule
 from edge_sdk.wire import Packing, decode_frame, encode
 
@@ -128,18 +129,44 @@ def zip_of(files: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> by
     return target.getvalue()
 
 
-_PAPER = Manifest("paper", (1, 8, 8), ("a", "b"), (4, 2, 2), "sgd", 0.1, "sign", 0.2)
-_FROZEN = Manifest(
-    *("frozen", (1, 8, 8), ("a", "b"), (4,), "sgd", 0.1), noise=1.0, frozen=True, bits=4, span=(-3.0, 3.0), bound=1.0
+def described(manifest: Manifest) -> Manifest:
+    """The manifest with the least that it can say of its graphs."""
+
+    def tensor(name: str, *shape: int) -> TensorType:
+        return TensorType(name, "float32", ("N", *shape))
+
+    noise = [tensor("noise", *manifest.cut_shape)] if manifest.noise else []
+    forward = (tensor("x", *manifest.input_shape), *noise)
+    gradient = (tensor("gradient", *manifest.cut_shape), TensorType("rate", "float32", ()))
+    inner = (TensorType("r.0", "bool", (None, 2)),)
+    inputs = {"infer": forward, "train": forward, "prepare": inner, "backward": gradient}
+    gives = (tensor("activations", *manifest.cut_shape),)
+    outputs = {"infer": gives, "train": gives, "prepare": inner, "backward": inner}
+    interfaces = {name: Interface(18, inputs[name], outputs[name]) for name in manifest.graphs}
+    return replace(manifest, interfaces=interfaces, costs={name: Cost(3, 2, 1) for name in manifest.graphs})
+
+
+_PAPER = described(Manifest("paper", (1, 8, 8), ("a", "b"), (4, 2, 2), "sgd", 0.1, "sign", 0.2))
+_FROZEN = described(
+    Manifest(
+        *("frozen", (1, 8, 8), ("a", "b"), (4,), "sgd", 0.1),
+        **{"noise": 1.0, "frozen": True, "bits": 4, "span": (-3.0, 3.0), "bound": 1.0},
+    )
 )
 
 
 def _bundle_parts(manifest: Manifest = _PAPER, **extra: bytes) -> dict[str, bytes]:
     initial = pack_tensors({"p.w": np.ones((2, 2), np.float32), "b.m": np.zeros(2, np.float32)})
     graphs = {f"{name}.onnx": name.encode() * 9 for name in manifest.graphs}
-    files = {"initial.cbor": initial, **graphs, **{name.replace("_", "."): data for name, data in extra.items()}}
+    parity = pack_tensors({"given.x": np.zeros((2, 1, 8, 8), np.float32), "infer.activations": np.zeros(4, np.float32)})
+    files = {
+        "initial.cbor": initial,
+        "parity.cbor": parity,
+        **graphs,
+        **{name.replace("_", "."): data for name, data in extra.items()},
+    }
     hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
-    document = {"format": "psgl-bundle", "version": 1, **asdict(manifest), "files": hashes}
+    document = {"format": "psgl-bundle", "version": FORMAT_VERSION, **asdict(manifest), "files": hashes}
     return {"manifest.json": json.dumps(document).encode(), **files}
 
 
@@ -156,6 +183,7 @@ def bundle_files() -> tuple[bytes, ...]:
     bomb = zip_of(_bundle_parts(train_onnx=b"\0" * (1 << 20)))
     made.append(bomb.replace(struct.pack("<I", 1 << 20), struct.pack("<I", 100)))  # declares less than it holds
     made.append(zip_of({**parts, "initial.cbor": cbor2.dumps([[]] * 4000)}))
+    made.append(zip_of({**parts, "parity.cbor": cbor2.dumps({"infer.y": [[]] * 4000})}))
     return tuple(made)
 
 

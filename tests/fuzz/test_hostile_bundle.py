@@ -8,7 +8,7 @@ import json
 import struct
 import tracemalloc
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_sdk import bundle as bundles
-from edge_sdk.bundle import Bundle, Manifest, load_bundle, write_bundle
+from edge_sdk.bundle import FORMAT_VERSION, Bundle, Manifest, load_bundle, write_bundle
 from edge_sdk.codec import pack_tensors
 from edge_sdk.errors import BundleError
+from tests.fuzz.seeds import described
 
 GRAPHS = ("train", "infer", "prepare", "backward")
-MANIFEST = Manifest("paper", (1, 8, 8), ("a", "b"), (4, 2, 2), "sgd", 0.1, "sign", 0.2)
+MANIFEST = described(Manifest("paper", (1, 8, 8), ("a", "b"), (4, 2, 2), "sgd", 0.1, "sign", 0.2))
 INITIAL = pack_tensors({"p.w": np.ones((2, 2), np.float32), "b.m": np.zeros(2, np.float32)})
-FILES = {"initial.cbor": INITIAL, **{f"{name}.onnx": name.encode() * 9 for name in GRAPHS}}
+PARITY = pack_tensors({"infer.activations": np.ones((2, 4, 2, 2), np.float32)})
+FILES = {"initial.cbor": INITIAL, "parity.cbor": PARITY, **{f"{name}.onnx": name.encode() * 9 for name in GRAPHS}}
 
 in_one_folder = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -40,7 +42,7 @@ def archive(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> byte
 
 def document(contents: dict[str, bytes], **changes: Any) -> bytes:
     hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in contents.items()}
-    whole = {"format": "psgl-bundle", "version": 1, **asdict(MANIFEST), "files": hashes, **changes}
+    whole = {"format": "psgl-bundle", "version": FORMAT_VERSION, **asdict(MANIFEST), "files": hashes, **changes}
     return json.dumps(whole).encode()
 
 
@@ -165,6 +167,9 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(bundles, "_MAX_BUNDLE_BYTES", (1 << 20) + 100)
     with pytest.raises(BundleError, match="in all"):
         write_bundle(tmp_path / "net.psgl", MANIFEST, FILES)
+    with pytest.raises(BundleError, match=r"the manifest is .* fewer layers"):
+        monkeypatch.undo()
+        write_bundle(tmp_path / "net.psgl", replace(MANIFEST, server={"x": "y" * (1 << 20)}), FILES)
     assert not list(tmp_path.iterdir())
 
 
