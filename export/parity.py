@@ -128,7 +128,8 @@ def _compare(
         if not error <= TOLERANCE:
             raise ExportError(
                 f"graph {name!r} differs from torch by {error:.2g} (relative) in {output!r}: "
-                "this onnx, onnxscript or torch exports a layer wrongly; use the versions of constraints.txt"
+                "this onnx, onnxscript or torch exports a layer wrongly; use the versions of constraints.txt, or place "
+                "what is peculiar in the front behind the cut"
             )
         worst = max(worst, error)
     return worst
