@@ -183,6 +183,7 @@ def build_bundle(
         )
     front, back = split(whole, model.cut)
     _check_bound(front, wanted.bound)
+    _check_halves(whole, front, back, options, perturbation)
     graphs = build_graphs(
         front,
         guide,
@@ -203,7 +204,6 @@ def build_bundle(
         options.optimizer,
         noise=wanted.noise > 0,
     )
-    _check_halves(whole, front, back, options, perturbation)
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in back.state_dict().items()})
     cut_shape = _cut_shape(front, options, perturbation)
     part = ServerPart(

@@ -105,7 +105,8 @@ def initial_network(options: BuildOptions) -> nn.Module | None:
     names = {name: own for name in network.state_dict() if (own := uncoded_name(model, name)) is not None}
     known = {name: given[own] for name, own in names.items() if own in given}
     missing = {own for name, own in names.items() if name not in known and not own.endswith("num_batches_tracked")}
-    strange = set(given) - set(names.values()) if len(names) == len(network.state_dict()) else set()
+    own_back = uncoded_name(model, "back.") is None
+    strange = set() if own_back else set(given) - set(names.values())
     if missing or strange:
         name = sorted(missing or strange)[0]
         raise ExportError(
