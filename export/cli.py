@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from edge_sdk.console import new_parser, run
-from export import build_command, sweep_command
+from export import build_command, models_command, sweep_command
 
 __all__ = ["main"]
 
@@ -14,14 +14,17 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``psgl-export``; returns the exit code."""
     parser = new_parser(
-        "psgl-export", "Make bundles of ONNX graphs for devices.", build_command.EXAMPLES + sweep_command.EXAMPLES
+        "psgl-export",
+        "Make bundles of ONNX graphs for devices.",
+        build_command.EXAMPLES + models_command.EXAMPLES + sweep_command.EXAMPLES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     build_command.add_build(commands)
+    models_command.add_models(commands)
     sweep_command.add_sweep(commands)
     arguments = parser.parse_args(argv)
-    command = build_command.build if arguments.command == "build" else sweep_command.sweep_command
-    return run(lambda: command(arguments), debug=getattr(arguments, "debug", False))
+    known = {"build": build_command.build, "models": models_command.models, "sweep": sweep_command.sweep_command}
+    return run(lambda: known[arguments.command](arguments), debug=getattr(arguments, "debug", False))
 
 
 if __name__ == "__main__":

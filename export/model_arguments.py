@@ -28,7 +28,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="MODEL",
         help="module:name of a model of yours, a class or a function that is called without arguments but for "
-        "--argument; found in this folder or installed (default: the profile's network)",
+        "--argument, found in this folder or installed; or a reference model of psgl-export models (default: the "
+        "profile's network)",
     )
     group = parser.add_argument_group("a model of your own (its code is run here, and by psgl-server --allow-model)")
     group.add_argument("--cut", metavar="LAYER", help="the front's last layer or block: relu2, features.2, layer2")
@@ -90,11 +91,10 @@ def model_options(
     from export.own import own_options
     from server_sdk.reference.specification import ModelSpec
 
-    for option in ("model", "guide", "back"):
+    for option in ("guide", "back"):
         name = getattr(arguments, option)
         if name is not None and not _NAME.fullmatch(name):
-            given = "MODEL" if option == "model" else f"--{option}"
-            raise ConfigError(f"{given} is {name!r}: give module:name, for instance my_module:MyNet")
+            raise ConfigError(f"--{option} is {name!r}: give module:name, for instance my_module:MyGuide")
     if arguments.code is not None and arguments.code < 1:
         raise ConfigError("--code must be at least 1")
     if str(Path.cwd()) not in sys.path:
@@ -107,8 +107,6 @@ def model_options(
         if arguments.guide is None:
             return options
         return replace(options, guide=ModelSpec(arguments.guide), allow_models=(arguments.guide,))
-    if arguments.cut is None:
-        raise ConfigError(f"where is {arguments.model} cut? name the front's last layer with --cut")
     return own_options(
         arguments.model,
         arguments.cut,

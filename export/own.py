@@ -15,13 +15,14 @@ from export.build import BuildOptions, model_of, profile_of
 from export.errors import ExportError
 from server_sdk.reference.coded import coded, uncoded_name
 from server_sdk.reference.specification import ModelSpec, build
+from server_sdk.reference.zoo import ZOO
 
 __all__ = ["initial_network", "own_options"]
 
 
 def own_options(
     model: str,
-    cut: str,
+    cut: str | None,
     input_shape: tuple[int, ...],
     classes: Sequence[str],
     *,
@@ -44,8 +45,8 @@ def own_options(
 
     Args:
         model: ``module:name`` of a class or a function, importable; importing it runs its code. The server imports it
-            too (``psgl-server --allow-model``).
-        cut: name of the front's last layer or block, as ``named_modules`` has it.
+            too (``psgl-server --allow-model``). Or a name of ``server_sdk.reference.zoo.ZOO``.
+        cut: name of the front's last layer or block, as ``named_modules`` has it; None: that of a model of the zoo.
         input_shape: (C, H, W) or (C, T).
         classes: name of each class.
         profile: a name of ``PROFILES``.
@@ -58,9 +59,9 @@ def own_options(
         further: fields of ``BuildOptions``.
 
     Raises:
-        ExportError: an unknown profile, or a back where there is no code.
+        ExportError: an unknown profile or model, no cut, or a back where there is no code.
     """
-    spec = ModelSpec(model, dict(arguments or {}), cut)
+    spec = _spec(model, cut, input_shape, len(classes), arguments or {})
     coding = profile_of(profile).bound > 0
     if back is not None and not coding:
         raise ExportError(f"profile {profile!r} sends the cut's own activations: leave out the back, or use hardened")
@@ -76,9 +77,23 @@ def own_options(
         map_channel=False,
         weights=weights,
         guide=None if guide is None else ModelSpec(guide),
-        allow_models=tuple(name for name in (model, back, guide) if name is not None),
+        allow_models=tuple(name for name in (model, back, guide) if name is not None and name not in ZOO),
         **further,
     )
+
+
+def _spec(
+    model: str, cut: str | None, input_shape: tuple[int, ...], classes: int, arguments: Mapping[str, Any]
+) -> ModelSpec:
+    known = ZOO.get(model)
+    if known is not None:
+        spec = known.spec(input_shape, classes)
+        return ModelSpec(spec.factory, {**spec.arguments, **arguments}, cut or spec.cut)
+    if ":" not in model:
+        raise ExportError(f"there is no model {model!r}: give module:name of yours, or one of {', '.join(ZOO)}")
+    if cut is None:
+        raise ExportError(f"where is {model} cut? name the front's last layer (--cut)")
+    return ModelSpec(model, dict(arguments), cut)
 
 
 def initial_network(options: BuildOptions) -> nn.Module | None:

@@ -101,7 +101,9 @@ def prepare(
 
 
 def _undefended(options: BuildOptions) -> BuildOptions:
-    own = options.model if options.allow_models else None
+    own = options.model
+    if own is not None and not options.allow_models and uncoded(own) is own:
+        own = None  # a network of this SDK's is compared with the undefended profile's
     plain = replace(options, profile="vanilla", perturb=None, epsilon=None)
     if own is None:
         return replace(plain, model=None, weights=None)

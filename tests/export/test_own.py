@@ -186,8 +186,11 @@ def test_weights_that_cannot_be_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ((NET, "--data", "d.npz"), "name the front's last layer with --cut"),
-        (("MyNet", "--cut", "x", "--data", "d.npz"), "MODEL is 'MyNet': give module:name"),
+        ((NET, "--data", "d.npz"), "name the front's last layer (--cut)"),
+        (
+            ("MyNet", "--cut", "x", "--data", "d.npz"),
+            "there is no model 'MyNet': give module:name of yours, or one of grey28",
+        ),
         (("--cut", "layer2", "--data", "d.npz"), "--cut is for a model of your own"),
         ((NET, "--cut", "layer2"), "without --data, give --input and --classes"),
         ((NET, "--cut", "layer2", "--input", "8x8x8x8", "--classes", "3"), "give CxHxW, for instance 1x28x28"),
