@@ -20,6 +20,7 @@ __all__ = ["TOLERANCE", "check_parity"]
 
 TOLERANCE = 2e-3
 _BATCH = 5
+_ROUNDINGS = 10.0
 
 
 def check_parity(
@@ -72,17 +73,30 @@ def check_parity(
         return worst
     trained, error = forward("train", graphs.step.train, training=True)
     worst = max(worst, error)
+    shape = trained["activations"].shape
+    gradient = torch.randn(shape, generator=generator)
+    given |= {"gradient": gradient.numpy(), "rate": np.array(optimizer.learning_rate, np.float32), **trained}
+    sees = front_input(seen, shown, downsample)
+    after, steady = _step(front, sees, gradient, optimizer)
+    exact, _ = _step(copy.deepcopy(front).double(), sees.double(), gradient.double(), optimizer)
+    rounding = {output: float((value.double() - exact[output]).abs().max()) for output, value in after.items()}
+    prepared = _run(graphs.step.prepare, given)
+    outputs = trained | prepared | _run(graphs.step.backward, {**given, **prepared})
+    return max(worst, _compare("backward", outputs, after, steady, rounding))
+
+
+def _step(
+    front: nn.Module, sees: Tensor, gradient: Tensor, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[np.bool_]]]:
+    """Weights, statistics and state after one step of torch, and where they do not hang on a rounding error."""
     twin = copy.deepcopy(front).train()
     stepper: torch.optim.Optimizer = (
         torch.optim.Adam(twin.parameters(), optimizer.learning_rate, optimizer.betas, optimizer.epsilon)
         if optimizer.kind == "adam"
         else torch.optim.SGD(twin.parameters(), optimizer.learning_rate, optimizer.momentum)
     )
-    activations = twin(front_input(seen, shown, downsample))
-    gradient = torch.randn(activations.shape, generator=generator)
-    activations.backward(gradient)
+    twin(sees).backward(gradient)
     stepper.step()
-    given |= {"gradient": gradient.numpy(), "rate": np.array(optimizer.learning_rate, np.float32), **trained}
     after: dict[str, Tensor] = {}
     steady: dict[str, npt.NDArray[np.bool_]] = {}
     for name, value in twin.named_parameters():
@@ -98,9 +112,7 @@ def check_parity(
     after |= {
         f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
     }
-    prepared = _run(graphs.step.prepare, given)
-    outputs = trained | prepared | _run(graphs.step.backward, {**given, **prepared})
-    return max(worst, _compare("backward", outputs, after, steady))
+    return after, steady
 
 
 def _run(graph: bytes, given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -116,6 +128,7 @@ def _compare(
     outputs: Mapping[str, npt.NDArray[Any]],
     expected: Mapping[str, Tensor],
     steady: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    rounding: Mapping[str, float] | None = None,
 ) -> float:
     worst = 0.0
     for output, value in expected.items():
@@ -125,6 +138,9 @@ def _compare(
         if steady is not None and output in steady:
             difference = difference * steady[output]
         error = float(difference.max()) / size
+        if error > TOLERANCE and difference.max() <= _ROUNDINGS * (rounding or {}).get(output, 0.0):
+            # Torch's own float32 is as far from float64: of a scale between two norms all the gradient is rounding.
+            continue
         if not error <= TOLERANCE:
             raise ExportError(
                 f"graph {name!r} differs from torch by {error:.2g} (relative) in {output!r}: "
