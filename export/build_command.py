@@ -75,7 +75,7 @@ def add_build(commands: Any) -> None:
         "--perturb",
         choices=("none", "sign", "max"),
         help="reversed JSMA on the device, with this normalisation (default: the profile's; a front that is trained "
-        f"here leaves {_GUIDE_SHARE:.0%} of the samples to the guide then)",
+        f"here leaves {_GUIDE_SHARE:.0%}% of the samples to the guide then)",
     )
     parser.add_argument("--epsilon", type=float, help="budget of the perturbation in [0, 1] (default: the profile's)")
     parser.add_argument(
