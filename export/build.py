@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -28,11 +29,11 @@ from export.errors import ExportError
 from export.graphs import GraphSet, Optimizer, build_graphs
 from export.parity import check_parity
 from server_sdk.assembly import back_path
-from server_sdk.reference.guide import Guide, fit_guide
+from server_sdk.reference.guide import fit_guide
 from server_sdk.reference.perturbation import Perturbation, front_input
 from server_sdk.reference.profiles import PROFILES, Profile, ServerPart
 from server_sdk.reference.specification import ModelSpec, build
-from server_sdk.reference.split import split
+from server_sdk.reference.split import last_layer, split
 from server_sdk.streams import STREAMS
 
 __all__ = [
@@ -65,6 +66,10 @@ class BuildOptions:
         model: the whole network; None: the profile's network for this shape.
         downsample: 2 moves blocks of two along each spatial axis into channels before the front, 1 leaves the
             grid.
+        map_channel: the front sees the perturbation as one more channel; None: as the profile has it.
+        weights: safetensors file of the whole model's state to begin with, in place of the seed's.
+        guide: network of the guide, built without a cut; None: the reference guide.
+        allow_models: factories outside this SDK that may be imported, which runs their code.
         perturb: normalisation of the perturbation, or ``none`` to leave it out; where the profile has none itself, a
             front that is trained here is not shown the map.
         epsilon: budget of the perturbation.
@@ -89,6 +94,10 @@ class BuildOptions:
     max_batch: int = 256
     model: ModelSpec | None = None
     downsample: int = 2
+    map_channel: bool | None = None
+    weights: Path | None = None
+    guide: ModelSpec | None = None
+    allow_models: tuple[str, ...] = ()
     perturb: Literal["sign", "max", "none"] | None = None
     epsilon: float | None = None
     streams: tuple[str, ...] | None = None
@@ -126,29 +135,31 @@ def prepare_guide(
     seed: int,
     epochs: int = 30,
     input_range: tuple[float, float] | None = None,
+    network: nn.Module | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Guide:
+) -> nn.Module:
     """Fit the guide on samples that no device holds.
 
     A guide that has seen what it perturbs writes the label into the perturbation, where the server reads it.
 
     Args:
         input_range: the bundle's, where the samples are signed integers.
+        network: the guide to fit; None: the reference guide.
 
     Raises:
         BatchError, ModelError: the samples do not fit.
     """
     shape = tuple(int(size) for size in samples.x.shape[1:])
     x = as_batch(samples.x, shape, max_batch=len(samples), input_range=input_range)
-    return fit_guide(x, samples.y, classes=classes, seed=seed, epochs=epochs, progress=progress)
+    return fit_guide(x, samples.y, classes=classes, seed=seed, epochs=epochs, network=network, progress=progress)
 
 
 def build_bundle(
     out: Path,
     options: BuildOptions,
-    guide: Guide | None,
+    guide: nn.Module | None,
     *,
-    network: nn.Sequential | None = None,
+    network: nn.Module | None = None,
     sign_key: SigningKey | None = None,
 ) -> Built:
     """Export one bundle and the back's weights beside it.
@@ -170,7 +181,7 @@ def build_bundle(
     perturbation = perturbation_of(options)
     wanted, span = _settings(options, profile)
     model = model_of(options)
-    whole = build(model, options.seed)
+    whole = build(model, options.seed, allow_models=options.allow_models)
     if network is not None:
         whole = _trained(whole, network)
     elif wanted.frozen:
@@ -180,6 +191,7 @@ def build_bundle(
         )
     front, back = split(whole, model.cut)
     _check_bound(front, wanted.bound)
+    _check_halves(whole, front, back, options, perturbation)
     graphs = build_graphs(
         front,
         guide,
@@ -213,6 +225,7 @@ def build_bundle(
         hashlib.sha256(weights).hexdigest(),
         _streams(options, profile, cut_shape),
         map_channel=perturbation is not None and perturbation.map_channel,
+        downsample=options.downsample if options.allow_models else None,
     )
     manifest = Manifest(
         profile=options.profile,
@@ -270,7 +283,7 @@ def _float32(value: float) -> float:
         return float(np.float32(value))
 
 
-def _trained(whole: nn.Sequential, network: nn.Sequential) -> nn.Sequential:
+def _trained(whole: nn.Module, network: nn.Module) -> nn.Module:
     """The model with the network's weights and statistics."""
     try:
         whole.load_state_dict(network.state_dict())
@@ -280,9 +293,9 @@ def _trained(whole: nn.Sequential, network: nn.Sequential) -> nn.Sequential:
     return whole.eval()
 
 
-def _check_bound(front: nn.Sequential, bound: float) -> None:
+def _check_bound(front: nn.Module, bound: float) -> None:
     """The last layer must keep the bound whatever it is given: what is claimed of privacy rests on it."""
-    last = front[-1]
+    last = last_layer(front)
     held = max(abs(last.min_val), abs(last.max_val)) if isinstance(last, nn.Hardtanh) else math.inf
     held = min([held, *(most for kind, most in _BOUNDS if isinstance(last, kind))])
     if bound and held > bound:
@@ -333,6 +346,8 @@ def perturbation_of(options: BuildOptions) -> Perturbation | None:
     if options.perturb is not None:
         shown = not profile.frozen if perturbation is None else perturbation.map_channel
         perturbation = None if options.perturb == "none" else Perturbation(options.perturb, map_channel=shown)
+    if perturbation is not None and options.map_channel is not None:
+        perturbation = replace(perturbation, map_channel=options.map_channel)
     if options.epsilon is None:
         return perturbation
     if perturbation is None:
@@ -350,6 +365,29 @@ def _streams(options: BuildOptions, profile: Profile, cut_shape: tuple[int, ...]
             "use the stream attacked alone, or a cut with spatial axes"
         )
     return wanted
+
+
+def _check_halves(
+    whole: nn.Module, front: nn.Module, back: nn.Module, options: BuildOptions, perturbation: Perturbation | None
+) -> None:
+    """Both halves together must compute what the network does, and give logits of the classes."""
+    x = torch.rand(2, *options.input_shape, generator=torch.Generator().manual_seed(0))
+    shown = x if perturbation is not None and perturbation.map_channel else None
+    whole, front, back = (copy.deepcopy(part).eval() for part in (whole, front, back))
+    try:
+        with torch.no_grad():
+            seen = front_input(x, shown, options.downsample)
+            wanted, logits = whole(seen), back(front(seen))
+    except RuntimeError as exc:
+        problem = str(exc).splitlines()[0]
+        raise ExportError(f"the network does not take samples of {options.input_shape}: {problem}") from exc
+    if logits.shape != (2, len(options.classes)):
+        raise ExportError(
+            f"the network gives {tuple(logits.shape[1:])} for each sample: it must give {len(options.classes)} logits, "
+            "one for each class"
+        )
+    if not torch.allclose(logits, wanted, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise ExportError("the network computes something else once it is cut: do not change tensors in place")
 
 
 def _cut_shape(front: nn.Module, options: BuildOptions, perturbation: Perturbation | None) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from edge_sdk.console import add_debug, require
 from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.signing import SigningKey
+from export.model_arguments import add_model, model_options, shape_and_classes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,9 @@ EXAMPLES = """\
   psgl-export build --data ecg.npz --signal --input-range -400 400 -o ecg.psgl       (int16 in a sensor's units)
   psgl-export build --data guide.npz --profile paper -o net.psgl
   psgl-export build --data open.npz -o net.psgl --sign-key key.pem
+  psgl-export build my_module:MyNet --cut layer2 --data train.npz --profile paper -o net.psgl     (a model of yours)
+  psgl-export build my_module:MyNet --argument width=16 --weights net.safetensors --cut features.2 \\
+      --input 1x28x28 --classes 10 --profile vanilla -o net.psgl
 """
 
 
@@ -45,7 +49,8 @@ def add_build(commands: Any) -> None:
     parser = commands.add_parser(
         "build",
         help="make a bundle for the samples of a data file",
-        description="Train what the profile needs on the training samples of a data file, export the network for\n"
+        description="Make a bundle of the profile's network, or of any feed-forward torch model, cut behind one of\n"
+        "its layers. Train what the profile needs on the training samples of a data file, export the network for\n"
         "their shape, and check the graphs. Profile hardened (the default) trains the front here, so\n"
         "that it sends little beyond the class, and freezes it; what that costs and shows is measured\n"
         "on the file's test samples and printed before the bundle is written. Profile paper fits its\n"
@@ -53,7 +58,12 @@ def add_build(commands: Any) -> None:
         epilog="examples:\n" + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, required=True, help=".npz with x_train, y_train, x_test, y_test")
+    add_model(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=".npz with x_train, y_train, x_test, y_test (may be left out where a profile neither trains nor perturbs)",
+    )
     parser.add_argument(
         "--profile",
         choices=_PROFILES,
@@ -107,23 +117,27 @@ def build(arguments: argparse.Namespace) -> int:
     require("export", "torch", "onnx", "onnxscript", "rich", "torchmetrics")
     _check(arguments)
     sign_key = None if arguments.sign_key is None else SigningKey(arguments.sign_key)
-    dataset = load_dataset(arguments.data, signal=arguments.signal or None)
-    for note in dataset.notes:
+    dataset = None
+    if arguments.data is not None:
+        dataset = load_dataset(arguments.data, signal=arguments.signal or None)
+    for note in dataset.notes if dataset else ():
         print(f"note: {note}", file=sys.stderr)
+    input_shape, classes = shape_and_classes(arguments, dataset)
     # torch takes seconds to import: only once the options are known to be good.
     import torch
     from rich.console import Console
 
-    from export.build import BuildOptions, build_bundle, class_names, perturbation_of, profile_of
-    from export.prepare import prepare, recipe_of
+    from export.build import build_bundle, class_names, perturbation_of, profile_of
+    from export.own import initial_network
+    from export.prepare import Prepared, prepare, recipe_of
     from export.trade_off import LEAST_HELD_OUT
     from server_sdk.audit.division import divide
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    options = BuildOptions(
-        arguments.profile,
-        dataset.input_shape,
-        class_names(dataset.classes),
+    options = model_options(
+        arguments,
+        input_shape,
+        class_names(classes),
         seed=arguments.seed,
         perturb=arguments.perturb,
         epsilon=arguments.epsilon,
@@ -136,7 +150,11 @@ def build(arguments: argparse.Namespace) -> int:
     if not frozen and (given or arguments.flip):
         option = next(iter([*given, "flip"]))
         raise ConfigError(f"--{option} is for a front that is trained here; devices train the one of this profile")
-    if frozen and len(dataset.test) < LEAST_HELD_OUT:
+    perturbed = perturbation_of(options) is not None
+    if dataset is None and (frozen or perturbed):
+        what = "trains its front" if frozen else "fits its guide"
+        raise ConfigError(f"profile {arguments.profile} {what} on samples: give --data")
+    if frozen and dataset is not None and len(dataset.test) < LEAST_HELD_OUT:
         raise ConfigError(
             f"{arguments.data} has {len(dataset.test)} test samples: what the front shows is measured on them, give at "
             f"least {LEAST_HELD_OUT}"
@@ -148,19 +166,24 @@ def build(arguments: argparse.Namespace) -> int:
         def progress(stage: str, done: int, of: int, loss: float) -> None:
             shown.update(f"{stage}, {done} of {of}, loss {loss:.4f}")
 
-        samples, guide_samples = dataset.train, None
-        if frozen and perturbation_of(options) is not None:
-            parts = divide(dataset, foe=_GUIDE_SHARE, seed=arguments.seed)
-            samples, guide_samples = parts.train, parts.auxiliary
-        prepared = prepare(samples, options, recipe, guide_samples=guide_samples, progress=progress)
-        if prepared.network is None:
+        if dataset is None:
+            prepared = Prepared(options, None, initial_network(options))
+        else:
+            samples, guide_samples = dataset.train, None
+            if frozen and perturbed:
+                parts = divide(dataset, foe=_GUIDE_SHARE, seed=arguments.seed)
+                samples, guide_samples = parts.train, parts.auxiliary
+            prepared = prepare(samples, options, recipe, guide_samples=guide_samples, progress=progress)
+        if dataset is None or not frozen:
             shown.update("exporting and checking the graphs")
-            built = build_bundle(arguments.out, prepared.options, prepared.guide, sign_key=sign_key)
+            built = build_bundle(
+                arguments.out, prepared.options, prepared.guide, network=prepared.network, sign_key=sign_key
+            )
         else:
             built = _hardened(arguments, dataset, prepared, recipe, console, progress, sign_key)
     print(
         f"{built.bundle}  {built.bundle.stat().st_size / 1e3:.0f} KB, id {built.bundle_id}: for devices and server\n"
-        f"{built.back}  {'trained' if prepared.network else 'initial'} weights of the back: for the server\n"
+        f"{built.back}  {'trained' if frozen else 'initial'} weights of the back: for the server\n"
         f"graphs agree with torch to {built.worst_error:.1g} (relative)"
     )
     return 0
@@ -183,10 +206,18 @@ def _hardened(
     from export.trade_off import weigh
 
     options, guide, network = prepared.options, prepared.guide, prepared.network
+    allowed = options.allow_models
     plain = None if arguments.no_comparison else train_undefended(dataset.train, options, recipe, progress=progress)
     with tempfile.TemporaryDirectory() as folder:
         trial = build_bundle(Path(folder) / "trial.psgl", options, guide, network=network)
-        found = weigh(trial.bundle, dataset.test, undefended=plain, seed=arguments.seed)
+        found = weigh(
+            trial.bundle,
+            dataset.test,
+            undefended=plain,
+            downsample=options.downsample,
+            seed=arguments.seed,
+            allow_models=allowed,
+        )
     console.print(f"trade-off: {found}", highlight=False)
     return build_bundle(arguments.out, options, guide, network=network, sign_key=sign_key)
 
@@ -206,11 +237,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--input-range is two numbers, the lower one first")
 
 
-def _input_range(arguments: argparse.Namespace, dataset: Dataset) -> tuple[float, float] | None:
+def _input_range(arguments: argparse.Namespace, dataset: Dataset | None) -> tuple[float, float] | None:
     from export.build import measured_range
 
     if arguments.input_range is not None:
         return arguments.input_range[0], arguments.input_range[1]
+    if dataset is None:
+        return None
     if dataset.input_range is not None:
         return dataset.input_range
     measured = measured_range(dataset.train)

@@ -20,7 +20,7 @@ from torch.func import functional_call, vjp
 
 from export.errors import ExportError
 from export.gradient import TRACE_BATCH, export_graphs
-from export.layers import check_layers
+from export.layers import check_guide, check_layers
 from export.model import GraphInput, GraphPlan
 from export.optimizer import Optimizer, initial_state, step
 from export.partition import before_inputs, for_outputs
@@ -99,6 +99,8 @@ def build_graphs(
     if downsample not in (1, 2):
         raise ExportError(f"downsample is {downsample}: use 1 or 2")
     check_layers(front, frozen=frozen)
+    if guide is not None and perturbation is not None:
+        check_guide(guide)
     builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, None if frozen else optimizer, noise)
     graphs = export_graphs(builder, builder.inputs(), builder.plans())
     tensors = {name: tensor.numpy().copy() for name, tensor in builder.carried().items()}

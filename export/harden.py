@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -117,8 +117,10 @@ def train_network(
     input_range: tuple[float, float] | None = None,
     teacher: ModelSpec | None = None,
     attack: tuple[Perturbation, nn.Module] | None = None,
+    initial: nn.Module | None = None,
+    allow_models: Collection[str] = (),
     progress: Progress | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """Train a whole network, front and back, with a defence at its cut.
 
     Args:
@@ -133,6 +135,8 @@ def train_network(
         teacher: the teachers' network; needed where the recipe has some.
         attack: what the device does to its input, and the guide that steers it, which has seen none of the samples;
             the front sees what is left, the teachers see the samples.
+        initial: the network with the weights to begin with, in place of the seed's; it is not changed.
+        allow_models: factories outside this SDK that may be imported, which runs their code.
 
     Returns:
         The network in evaluation mode, on the CPU.
@@ -151,10 +155,25 @@ def train_network(
     if recipe.teacher > 0:
         if teacher is None:
             raise ExportError("the recipe has teachers: say which network they are")
-        judged = _judgements(x, target, teacher, recipe, seed, samples.groups, progress)
+        taught = _Network(teacher, None, tuple(allow_models))
+        judged = _judgements(x, target, taught, recipe, seed, samples.groups, progress)
         target = (1 - recipe.teacher) * target + recipe.teacher * judged
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return _fit(x, target, model, recipe, seed, "training", progress, _sees(attack, recipe, device))
+        network = _Network(model, initial, tuple(allow_models))
+        return _fit(x, target, network, recipe, seed, "training", progress, _sees(attack, recipe, device))
+
+
+@dataclass(frozen=True)
+class _Network:
+    spec: ModelSpec
+    initial: nn.Module | None
+    allow_models: tuple[str, ...]
+
+    def make(self, seed: int) -> nn.Module:
+        made = build(self.spec, seed, allow_models=self.allow_models)
+        if self.initial is not None:
+            made.load_state_dict(self.initial.state_dict())
+        return made
 
 
 def _sees(attack: tuple[Perturbation, nn.Module] | None, recipe: Recipe, device: torch.device) -> _Sees:
@@ -175,16 +194,16 @@ def _sees(attack: tuple[Perturbation, nn.Module] | None, recipe: Recipe, device:
 def _fit(
     x: Tensor,
     target: Tensor,
-    model: ModelSpec,
+    model: _Network,
     recipe: Recipe,
     seed: int,
     stage: str,
     progress: Progress | None,
     sees: _Sees,
-) -> nn.Sequential:
+) -> nn.Module:
     torch.manual_seed(seed)
-    network = build(model, seed).to(x.device).train()
-    front, back = split(network, model.cut)
+    network = model.make(seed).to(x.device).train()
+    front, back = split(network, model.spec.cut)
     network.eval()
     with torch.no_grad():
         cut_shape = tuple(front(sees(x[:1])).shape[1:])
@@ -270,7 +289,7 @@ def _augmented(x: Tensor, recipe: Recipe) -> Tensor:
 def _judgements(
     x: Tensor,
     target: Tensor,
-    model: ModelSpec,
+    model: _Network,
     recipe: Recipe,
     seed: int,
     groups: npt.NDArray[np.int64] | None,

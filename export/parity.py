@@ -21,6 +21,7 @@ __all__ = ["TOLERANCE", "check_parity"]
 
 TOLERANCE = 2e-3
 _BATCH = 5
+_ROUNDINGS = 10.0
 
 
 def check_parity(
@@ -83,8 +84,33 @@ def check_parity(
         return worst
     trained, error = forward("train", graphs.step.train, training=True)
     worst = max(worst, error)
-    twin = copy.deepcopy(front).train()
+    gradient = fixed.get("gradient", torch.randn(trained["activations"].shape, generator=generator))
     rate = float(fixed.get("rate", optimizer.learning_rate))
+    given |= {"gradient": gradient.numpy(), "rate": np.array(rate, np.float32), **trained}
+    sees = front_input(seen, shown, downsample)
+    moments = {name: torch.from_numpy(given[f"s.{name}"].copy()) for name in ("m", "v") if f"s.{name}" in given}
+    after, steady = _step(front, sees, gradient, optimizer, rate, moments)
+    exact, _ = _step(copy.deepcopy(front).double(), sees.double(), gradient.double(), optimizer, rate, moments)
+    rounding = {output: float((value.double() - exact[output]).abs().max()) for output, value in after.items()}
+    prepared = _run(graphs.step.prepare, given)
+    outputs = trained | prepared | _run(graphs.step.backward, {**given, **prepared})
+    return max(worst, _compare("backward", outputs, after, steady, rounding))
+
+
+def _step(
+    front: nn.Module,
+    sees: Tensor,
+    gradient: Tensor,
+    optimizer: Optimizer,
+    rate: float,
+    moments: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[np.bool_]]]:
+    """Weights, statistics and state after one step of torch, and where they do not hang on a rounding error.
+
+    Args:
+        moments: Adam's ``m`` and ``v`` before the step, of all parameters in a row.
+    """
+    twin = copy.deepcopy(front).train()
     stepper: torch.optim.Optimizer = (
         torch.optim.Adam(twin.parameters(), rate, optimizer.betas, optimizer.epsilon)
         if optimizer.kind == "adam"
@@ -92,15 +118,12 @@ def check_parity(
     )
     if optimizer.kind == "adam":
         sizes = [value.numel() for value in twin.parameters()]
-        rows = (torch.split(torch.from_numpy(given[f"s.{moment}"].copy()), sizes) for moment in ("m", "v"))
+        rows = (torch.split(moments[name].to(gradient.dtype), sizes) for name in ("m", "v"))
         for value, mean, square in zip(twin.parameters(), *rows, strict=True):
-            moments = {"exp_avg": mean.reshape(value.shape), "exp_avg_sq": square.reshape(value.shape)}
-            stepper.state[value] = {"step": torch.tensor(0.0), **moments}
-    activations = twin(front_input(seen, shown, downsample))
-    gradient = fixed.get("gradient", torch.randn(activations.shape, generator=generator))
-    activations.backward(gradient)
+            kept = {"exp_avg": mean.reshape(value.shape).clone(), "exp_avg_sq": square.reshape(value.shape).clone()}
+            stepper.state[value] = {"step": torch.tensor(0.0), **kept}
+    twin(sees).backward(gradient)
     stepper.step()
-    given |= {"gradient": gradient.numpy(), "rate": np.array(rate, np.float32), **trained}
     after: dict[str, Tensor] = {}
     steady: dict[str, npt.NDArray[np.bool_]] = {}
     for name, value in twin.named_parameters():
@@ -108,7 +131,7 @@ def check_parity(
         slope = (value.grad if value.grad is not None else torch.zeros_like(value)).abs()
         if optimizer.kind == "adam":
             # From zeros, Adam's first step is the gradient's sign: where that is mere rounding, any sign is right.
-            if not given["s.v"].any():
+            if not moments["v"].any():
                 steady[f"next.p.{name}"] = (slope > 1e-3 * slope.max()).numpy()
         elif optimizer.momentum:
             after[f"next.s.{name}.momentum"] = stepper.state[value]["momentum_buffer"]
@@ -118,9 +141,7 @@ def check_parity(
     after |= {
         f"next.b.{name}": value for name, value in twin.named_buffers() if not name.endswith("num_batches_tracked")
     }
-    prepared = _run(graphs.step.prepare, given)
-    outputs = trained | prepared | _run(graphs.step.backward, {**given, **prepared})
-    return max(worst, _compare("backward", outputs, after, steady))
+    return after, steady
 
 
 def _run(graph: bytes, given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -136,6 +157,7 @@ def _compare(
     outputs: Mapping[str, npt.NDArray[Any]],
     expected: Mapping[str, Tensor],
     steady: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    rounding: Mapping[str, float] | None = None,
 ) -> float:
     worst = 0.0
     for output, value in expected.items():
@@ -145,10 +167,14 @@ def _compare(
         if steady is not None and output in steady:
             difference = difference * steady[output]
         error = float(difference.max()) / size
+        if error > TOLERANCE and difference.max() <= _ROUNDINGS * (rounding or {}).get(output, 0.0):
+            # Torch's own float32 is as far from float64: of a scale between two norms all the gradient is rounding.
+            continue
         if not error <= TOLERANCE:
             raise ExportError(
                 f"graph {name!r} differs from torch by {error:.2g} (relative) in {output!r}: "
-                "this onnx, onnxscript or torch exports a layer wrongly; use the versions of constraints.txt"
+                "this onnx, onnxscript or torch exports a layer wrongly; use the versions of constraints.txt, or place "
+                "what is peculiar in the front behind the cut"
             )
         worst = max(worst, error)
     return worst

@@ -10,7 +10,9 @@ from edge_sdk.batch import Samples
 from export.build import BuildOptions, model_of, perturbation_of, prepare_guide, profile_of
 from export.errors import ExportError
 from export.harden import Progress, Recipe, recipe_for, train_network
-from server_sdk.reference.guide import Guide
+from export.own import initial_network
+from server_sdk.reference.coded import uncoded
+from server_sdk.reference.specification import build
 
 __all__ = ["Prepared", "prepare", "recipe_of", "train_undefended"]
 
@@ -24,12 +26,12 @@ class Prepared:
     Attributes:
         options: as they were given, with the noise that the network was trained for.
         guide: or None where nothing is perturbed.
-        network: trained, or None where devices train the front.
+        network: trained, or with the weights that the options name; None for initial weights.
     """
 
     options: BuildOptions
-    guide: Guide | None
-    network: nn.Sequential | None
+    guide: nn.Module | None
+    network: nn.Module | None
 
 
 def prepare(
@@ -73,6 +75,9 @@ def prepare(
             seed=options.seed,
             epochs=guide_epochs,
             input_range=options.input_range,
+            network=None
+            if options.guide is None
+            else build(options.guide, options.seed, allow_models=options.allow_models),
             progress=report,
         )
     if frozen:
@@ -86,15 +91,23 @@ def prepare(
             seed=options.seed,
             input_range=options.input_range,
             teacher=model_of(_undefended(options)),
+            initial=initial_network(options),
+            allow_models=options.allow_models,
             attack=None if guide is None or perturbation is None else (perturbation, guide),
             progress=progress,
         )
         return Prepared(replace(options, noise=recipe.noise), guide, network)
-    return Prepared(options, guide, None)
+    return Prepared(options, guide, initial_network(options))
 
 
 def _undefended(options: BuildOptions) -> BuildOptions:
-    return replace(options, profile="vanilla", model=None, perturb=None, epsilon=None)
+    own = options.model
+    if own is not None and not options.allow_models and uncoded(own) is own:
+        own = None  # a network of this SDK's is compared with the undefended profile's
+    plain = replace(options, profile="vanilla", perturb=None, epsilon=None)
+    if own is None:
+        return replace(plain, model=None, weights=None)
+    return replace(plain, model=uncoded(own))
 
 
 def recipe_of(options: BuildOptions) -> Recipe:
@@ -115,8 +128,8 @@ def recipe_of(options: BuildOptions) -> Recipe:
 
 def train_undefended(
     samples: Samples, options: BuildOptions, recipe: Recipe, *, progress: Progress | None = None
-) -> nn.Sequential:
-    """The network of profile ``vanilla``, trained as long as the recipe says and without a defence: to compare with.
+) -> nn.Module:
+    """The network of profile ``vanilla``, or of your own, trained as long without a defence: to compare with.
 
     Returns:
         The network in evaluation mode; it takes what ``front_input`` gives.
@@ -133,13 +146,16 @@ def train_undefended(
         learning_rate=2e-3,
         downsample=options.downsample,
     )
+    undefended = _undefended(options)
     return train_network(
         samples,
-        model_of(_undefended(options)),
+        model_of(undefended),
         plain,
         input_shape=options.input_shape,
         classes=len(options.classes),
         seed=options.seed,
         input_range=options.input_range,
+        initial=initial_network(undefended),
+        allow_models=options.allow_models,
         progress=progress,
     )

@@ -5,6 +5,7 @@ A quick look by the device's own graphs; ``psgl-server audit`` is the judge.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def weigh(
     downsample: int = 2,
     epochs: int = 20,
     seed: int = 0,
+    allow_models: Collection[str] = (),
 ) -> TradeOff:
     """Decide on held-out samples with a bundle as it is shipped, and attack it as a foe who has half of them.
 
@@ -76,6 +78,7 @@ def weigh(
         downsample: of that network.
         epochs: of the decoder.
         seed: of split, noise and decoder.
+        allow_models: factories outside this SDK that may be imported, which runs their code.
 
     Raises:
         ExportError: too few samples.
@@ -85,7 +88,7 @@ def weigh(
         raise ExportError(
             f"{len(held_out)} held-out samples are too few to measure anything: give at least {LEAST_HELD_OUT}"
         )
-    trained = shipped(bundle, seed=seed, decisions=len(held_out))
+    trained = shipped(bundle, seed=seed, decisions=len(held_out), allow_models=allow_models)
     manifest = trained.victim.bundle.manifest
     x = as_batch(held_out.x, manifest.input_shape, max_batch=len(held_out), input_range=manifest.input_range)
     probabilities = trained.decide(x)

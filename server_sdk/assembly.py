@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ def trainer_from(
     learning_rate: float = 2e-3,
     optimizer: Literal["adam", "sgd"] = "adam",
     device: str = "cpu",
-    allow_foreign: bool = False,
+    allow_models: Collection[str] = (),
 ) -> Trainer:
     """Build the back networks that a bundle asks for.
 
@@ -46,7 +47,7 @@ def trainer_from(
         back: safetensors file with the back's initial weights, as export wrote it.
         rounds: length of the learning rate's cosine schedule.
         device: ``cpu`` or ``cuda``.
-        allow_foreign: import a model from outside this SDK, which runs its code.
+        allow_models: factories outside this SDK that may be imported, which runs their code.
 
     Raises:
         ModelError: the weights are missing or are not this bundle's, or the model cannot be built.
@@ -71,7 +72,7 @@ def trainer_from(
     def new_back() -> nn.Module:
         # Drawn from the stream's own generator, so that no two streams start from the same weights.
         seed = int(torch.randint(2**31, ()))
-        return split(build(part.model, seed, allow_foreign=allow_foreign), part.model.cut)[1]
+        return split(build(part.model, seed, allow_models=allow_models), part.model.cut)[1]
 
     streams = Streams(
         new_back,

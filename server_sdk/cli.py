@@ -16,7 +16,7 @@ from edge_sdk.console import add_broker_options, add_debug, connection_from, new
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
-from server_sdk.audit.command import add_audit, audit
+from server_sdk.audit.command import add_allow_model, add_audit, audit
 from server_sdk.plan import TrainingPlan, fronts_for
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ _EXAMPLES = """\
       --user trainer --password-file pw
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first          (a broker on this machine, port 1883)
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first --resume      (after a crash or Ctrl-C)
+  psgl-server train own.psgl --allow-model my_module:MyNet        (a model of yours: psgl-export build my_module:MyNet)
   psgl-server log inspect runs/first
   psgl-server audit net.psgl --data x.npz
 """
@@ -98,11 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=1,
         help="torch's threads; the same number gives the same weights (default %(default)s)",
     )
-    train.add_argument(
-        "--allow-foreign-model",
-        action="store_true",
-        help="import the bundle's model from outside this SDK: runs its code",
-    )
+    add_allow_model(train)
     train.add_argument(
         "--out",
         type=Path,
@@ -272,7 +269,7 @@ def _train(arguments: argparse.Namespace) -> int:
         learning_rate=arguments.learning_rate,
         optimizer=arguments.optimizer,
         device=arguments.compute,
-        allow_foreign=arguments.allow_foreign_model,
+        allow_models=arguments.allow_model,
     )
     plan = TrainingPlan(
         devices=arguments.devices,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from server_sdk.audit.attacks import Progress
 
-__all__ = ["add_audit", "audit"]
+__all__ = ["add_allow_model", "add_audit", "audit"]
 
 _EXAMPLES = """\
   psgl-server audit net.psgl --data x.npz --beside vanilla.psgl --seeds 3
@@ -79,6 +79,7 @@ def add_audit(commands: Any) -> None:
         "test; a second training); attacks run on P1 (default: P1,P2 for bundles that perturb, else P1)",
     )
     parser.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0, 1, ... (default %(default)s)")
+    add_allow_model(parser)
     parser.add_argument("--threads", type=int, help="of torch (default: every core)")
     parser.add_argument("--compute", choices=("cpu", "cuda"), default="cpu", help="of attacks (default %(default)s)")
     parser.add_argument(
@@ -89,6 +90,18 @@ def add_audit(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     add_debug(parser)
+
+
+def add_allow_model(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets a model of somebody else's be imported."""
+    parser.add_argument(
+        "--allow-model",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="import this model of yours, which the bundle was built from and PYTHONPATH finds; runs its code "
+        "(may be repeated: a back of your own is another one)",
+    )
 
 
 def audit(arguments: argparse.Namespace) -> int:
@@ -147,7 +160,8 @@ def audit(arguments: argparse.Namespace) -> int:
             what = f"{path.name}, seed {seed}"
             with status.status(f"{what}: training on {len(division.train)} samples") as shown:
                 note = _Note(shown, what)
-                trial = Trial(path, folder, arguments.rounds, arguments.batch, seed)
+                allowed = tuple(arguments.allow_model)
+                trial = Trial(path, folder, arguments.rounds, arguments.batch, seed, allow_models=allowed)
                 found = find(
                     trial,
                     division,

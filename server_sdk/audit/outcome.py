@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from edge_sdk.batch import as_batch
 from edge_sdk.bundle import Manifest
@@ -18,7 +19,7 @@ from server_sdk.audit.division import Division
 from server_sdk.audit.metrics import Likeness, likeness
 from server_sdk.audit.trial import Trained
 from server_sdk.errors import ServerError
-from server_sdk.reference.guide import Guide, fit_guide
+from server_sdk.reference.guide import fit_guide
 
 __all__ = ["Outcome", "Target", "attack", "worst_name", "worst_of"]
 
@@ -193,14 +194,14 @@ def _one_hot(probabilities: Array) -> Array:
     return one_hot
 
 
-def _judge(division: Division, own: Array, manifest: Manifest, seed: int) -> Guide:
+def _judge(division: Division, own: Array, manifest: Manifest, seed: int) -> nn.Module:
     """A classifier of clean inputs, trained on all that is not a victim."""
     clean = np.concatenate([_floats(division.train.x, manifest), own])
     labels = np.concatenate([division.train.y, division.auxiliary.y])
     return fit_guide(clean, labels, classes=len(manifest.classes), seed=seed, epochs=_JUDGE_EPOCHS)
 
 
-def _share(judge: Guide, x: Array, y: npt.NDArray[np.int64]) -> float:
+def _share(judge: nn.Module, x: Array, y: npt.NDArray[np.int64]) -> float:
     with torch.inference_mode():
         decided = torch.cat(
             [

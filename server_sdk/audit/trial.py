@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,7 @@ class Trial:
         seed: of the order of the batches and of the attacks.
         protocol: ``P1``: perturbed in training and at test; ``P2``: trained unperturbed, perturbed at test.
         shift: of training images on the device, in pixels (augmentation); nothing where each sample is sent once.
+        allow_models: factories outside this SDK that may be imported, which runs their code.
     """
 
     bundle: Path
@@ -55,6 +56,7 @@ class Trial:
     seed: int
     protocol: Literal["P1", "P2"] = "P1"
     shift: int = 0
+    allow_models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def train(
     shard = trial.folder / "device.npz"
     save_dataset(shard, division.train, division.victims, input_range=bundle.manifest.input_range)
     wire = ("--codec", _CODEC, "--chunk-bytes", "262144")
+    allowed = [word for name in trial.allow_models for word in ("--allow-model", name)]
     protocol = ["--train-unperturbed"] if trial.protocol == "P2" else []
     if bundle.manifest.normalisation is not None:
         protocol.append("--measure-clean")
@@ -118,7 +121,7 @@ def train(
         trial.folder,
         trial.bundle,
         (shard,),
-        server=("--rounds", str(trial.rounds), "--batch", str(trial.batch), "--evaluate-every", "0", *wire),
+        server=("--rounds", str(trial.rounds), "--batch", str(trial.batch), "--evaluate-every", "0", *wire, *allowed),
         device=("--seed", str(trial.seed), "--shift", str(trial.shift), *wire, *protocol),
     )
     run = FleetRun()
@@ -149,11 +152,11 @@ def load(trial: Trial, division: Division, *, on_note: Callable[[str], None] = l
     except (OSError, WireError, ValueError, KeyError, TypeError) as exc:
         raise ServerError(f"what was trained in {trial.folder} cannot be read ({exc}): train again") from exc
     front = FrontState(0 if bundle.manifest.frozen else trial.rounds, tensors)
-    server = trainer_from(bundle, back_path(trial.bundle), rounds=trial.rounds)
+    server = trainer_from(bundle, back_path(trial.bundle), rounds=trial.rounds, allow_models=trial.allow_models)
     server.load(trial.folder / "server.safetensors")
     victim, foe = (Victim(bundle, front, codec=_CODEC, key=_key(trial.seed, who)) for who in ("victim", "foe"))
     try:
-        twin = Twin(victim, front)
+        twin = Twin(victim, front, allow_models=trial.allow_models)
     except ModelError as exc:
         on_note(f"no white-box search: {exc}")
         twin = None
@@ -167,13 +170,14 @@ def load(trial: Trial, division: Division, *, on_note: Callable[[str], None] = l
     return Trained(victim, foe, twin, server, figures, exposure)
 
 
-def shipped(path: Path, *, seed: int, decisions: int) -> Trained:
+def shipped(path: Path, *, seed: int, decisions: int, allow_models: Collection[str] = ()) -> Trained:
     """A device and its server as they were exported: of a frozen front, with a back that was trained beside it.
 
     Args:
         path: of the bundle, with the back's weights beside it.
         seed: of the keys of their noise.
         decisions: how many samples the device is going to send.
+        allow_models: factories outside this SDK that may be imported, which runs their code.
 
     Raises:
         BundleError, ModelError: a bundle or weights that cannot be used.
@@ -181,7 +185,7 @@ def shipped(path: Path, *, seed: int, decisions: int) -> Trained:
     bundle = load_bundle(path)
     front = FrontState(0, dict(bundle.initial))
     victim, foe = (Victim(bundle, front, codec=_CODEC, key=_key(seed, who)) for who in ("victim", "foe"))
-    server = trainer_from(bundle, back_path(path), rounds=1)
+    server = trainer_from(bundle, back_path(path), rounds=1, allow_models=allow_models)
     exposure = Exposure(bits_per_sample(bundle.manifest), 0, 0, 1, decisions)
     return Trained(victim, foe, None, server, {}, exposure)
 

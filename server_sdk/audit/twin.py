@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -32,17 +34,17 @@ class Twin:
     Args:
         victim: whose activations these are.
         front: the victim's tensors.
-        allow_foreign: import a model from outside this SDK, which runs its code.
+        allow_models: factories outside this SDK that may be imported, which runs their code.
 
     Raises:
         ModelError: the bundle's model cannot be built, or does not compute what the victim's graph computes.
     """
 
-    def __init__(self, victim: Victim, front: FrontState, *, allow_foreign: bool = False) -> None:
+    def __init__(self, victim: Victim, front: FrontState, *, allow_models: Collection[str] = ()) -> None:
         manifest = victim.bundle.manifest
         part = ServerPart.from_manifest(manifest.server)
         self._victim = victim
-        self._front = split(build(part.model, part.seed, allow_foreign=allow_foreign), part.model.cut)[0].eval()
+        self._front = split(build(part.model, part.seed, allow_models=allow_models), part.model.cut)[0].eval()
         weights = {name[2:]: torch.tensor(value) for name, value in front.tensors.items() if name[:2] in ("p.", "b.")}
         counters = {name for name in self._front.state_dict() if name.endswith("num_batches_tracked")}
         try:
@@ -54,7 +56,7 @@ class Twin:
         self._front.requires_grad_(False)
         self._perturbs = manifest.normalisation is not None
         self._map_channel = self._perturbs and part.map_channel
-        self._downsample = self._blocks(manifest.input_shape)
+        self._downsample = part.downsample or self._blocks(manifest.input_shape)
         probes = np.random.default_rng(0).random((_PROBES, *manifest.input_shape), dtype=np.float32)
         with torch.inference_mode():
             mine, theirs = self.send(torch.from_numpy(probes)).numpy(), victim.activations(probes)

@@ -72,8 +72,9 @@ def fit_guide(
     epochs: int,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
+    network: nn.Module | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> Guide:
+) -> nn.Module:
     """Train a guide on samples that no device will perturb with it (cross-fitted).
 
     Args:
@@ -81,13 +82,16 @@ def fit_guide(
         y: int64 ``(N,)``, 0 to ``classes - 1``.
         seed: of initial weights and shuffling; the caller's random state is left alone.
         epochs: passes over the samples, at least 1.
+        network: the guide to fit, from its weights on: x to logits (N, K), each row of its own sample only in
+            evaluation mode; None: a new ``Guide``.
         progress: called after each epoch with (epochs done, epochs, mean cross-entropy of the epoch).
 
     Returns:
         The guide in evaluation mode, on the CPU.
 
     Raises:
-        ModelError: samples and labels do not match, a label is out of range, or ``epochs`` is below 1.
+        ModelError: samples and labels do not match, a label is out of range, ``epochs`` is below 1, or a network that
+            does not take the samples or gives no logits of the classes.
     """
     if len(x) == 0 or len(x) != len(y):
         raise ModelError(f"the guide got {len(x)} samples and {len(y)} labels: give one label per sample")
@@ -99,7 +103,8 @@ def fit_guide(
     labels = torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        guide = Guide(tuple(samples.shape[1:]), classes)
+        guide = Guide(tuple(samples.shape[1:]), classes) if network is None else network.train()
+        _check_logits(guide, samples, classes)
         optimizer = torch.optim.Adam(guide.parameters(), lr=learning_rate)
         for epoch in range(epochs):
             total = 0.0
@@ -112,3 +117,17 @@ def fit_guide(
             if progress is not None:
                 progress(epoch + 1, epochs, total / len(samples))
     return guide.eval()
+
+
+def _check_logits(guide: nn.Module, samples: Tensor, classes: int) -> None:
+    if isinstance(guide, Guide):
+        return
+    try:
+        with torch.no_grad():
+            logits = guide.eval()(samples[:2])
+    except RuntimeError as exc:
+        shape = tuple(samples.shape[1:])
+        raise ModelError(f"the guide does not take samples of {shape}: {str(exc).splitlines()[0]}") from exc
+    guide.train()
+    if logits.shape != (len(samples[:2]), classes):
+        raise ModelError(f"the guide gives {tuple(logits.shape[1:])} for each sample: it must give {classes} logits")

@@ -35,6 +35,7 @@ class ServerPart:
         threshold: of the recovery, relative to the largest singular value.
         base_weights: of the decision fusion, by stream.
         map_channel: where the device perturbs, its front sees the map as one more channel.
+        downsample: of the front's input, as in ``front_input``; None: what its first convolution takes.
     """
 
     model: ModelSpec
@@ -45,10 +46,11 @@ class ServerPart:
     threshold: float = 0.1
     base_weights: Mapping[str, float] = field(default_factory=lambda: dict(BASE_WEIGHTS))
     map_channel: bool = True
+    downsample: int | None = None
 
     def as_manifest(self) -> dict[str, Any]:
         """As JSON values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_manifest(cls, part: Mapping[str, Any]) -> ServerPart:
@@ -68,9 +70,12 @@ class ServerPart:
                 threshold=float(part["threshold"]),
                 base_weights={str(name): float(weight) for name, weight in part["base_weights"].items()},
                 map_channel=bool(part.get("map_channel", True)),
+                downsample=None if (blocks := part.get("downsample")) is None else int(blocks),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ModelError(f"the bundle does not say how to train its back ({exc}): export it again") from exc
+        if found.downsample not in (None, 1, 2):
+            raise ModelError(f"the bundle halves its grid {found.downsample} times: export it again")
         if found.gradient_from not in ("fused", "all") or not set(found.streams) <= set(STREAMS):
             raise ModelError("the bundle names streams that this server does not have: upgrade psgl or export it again")
         return found
