@@ -70,6 +70,8 @@ def main() -> int:
         paper, hardened = _bundle(Path(folder), "paper"), _bundle(Path(folder), "hardened")
         figures["edge.bundle_kb"] = paper.stat().st_size / 1e3
         figures["edge.bundle_kb.hardened"] = hardened.stat().st_size / 1e3
+        compact = _bundle(Path(folder), "hardened", weight_bits=8)
+        figures["edge.bundle_kb.hardened_8_bits"] = compact.stat().st_size / 1e3
         found = _processes(paper, 3 if arguments.quick else 9)
     imports, device = (np.array(found[name]["peak_rss_mb"]) for name in ("imports", "device"))
     figures["edge.peak_rss_mb"] = float(np.median(device))
@@ -185,9 +187,9 @@ def _in_turns(ways: dict[str, Callable[[], float]], turns: int) -> dict[str, lis
     return times
 
 
-def _bundle(folder: Path, profile: str) -> Path:
+def _bundle(folder: Path, profile: str, *, weight_bits: int = 32) -> Path:
     """The bundle of 28x28 digits; a frozen front's weights need not be trained to be weighed."""
-    options = BuildOptions(profile, _SHAPES["28"], class_names(_CLASSES))
+    options = BuildOptions(profile, _SHAPES["28"], class_names(_CLASSES), weight_bits=weight_bits)
     network = build(model_of(options), 0) if PROFILES[profile].frozen else None
     guide = None if PROFILES[profile].perturbation is None else Guide(_SHAPES["28"], _CLASSES)
     return build_bundle(folder / f"{profile}.psgl", options, guide, network=network).bundle

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.codec import unpack_tensors
+from edge_sdk.compact import expanded
 from edge_sdk.errors import BundleError, WireError
 from edge_sdk.manifest import FORMAT, FORMAT_VERSION, Manifest, document_of, parse_manifest
 from edge_sdk.signing import SIGNATURE_BYTES, PublicKey, SigningKey
@@ -170,9 +171,11 @@ def load_bundle(path: str | Path, *, public_key: PublicKey | None = None) -> Bun
 
 def _initial(data: bytes, manifest: Manifest, path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        initial = unpack_tensors(data)
+        initial = expanded(unpack_tensors(data))
     except WireError as exc:
         raise BundleError(f"{path}: {INITIAL} is not readable ({exc}): {_REMEDY}") from exc
+    except BundleError as exc:
+        raise BundleError(f"{path}: {exc}") from exc
     for name, array in initial.items():
         if name[:2] not in ("p.", "b.", "s.") or array.dtype != np.float32 or not np.isfinite(array).all():
             raise BundleError(f"{path}: initial tensor {name!r} is not a finite float32 front tensor: {_REMEDY}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch import nn
 from edge_sdk.batch import Samples, as_batch
 from edge_sdk.bundle import INITIAL, PARITY, Manifest, write_bundle
 from edge_sdk.codec import pack_tensors
+from edge_sdk.compact import compacted, expanded
 from edge_sdk.errors import ConfigError
 from edge_sdk.noise import NOISE_KINDS
 from edge_sdk.packing import Packing
@@ -77,6 +79,8 @@ class BuildOptions:
         noise: standard deviation of the noise on the activations.
         noise_kind: ``gaussian`` or ``laplace``.
         frozen: export the inference alone: the front is trained already (``network``) and stays as it is.
+        weight_bits: of a weight in the bundle of a frozen front, 8 or 32; with 8 the front is rounded before anything
+            else is made of it.
         bits: of an activation on the wire, 1, 2, 4 or 8, or 0 for floats.
         span: lowest and highest value that the bits can say, rounded to float32; None where bits come without: those
             of each message.
@@ -104,6 +108,7 @@ class BuildOptions:
     noise: float | None = None
     noise_kind: str | None = None
     frozen: bool | None = None
+    weight_bits: int = 32
     bits: int | None = None
     span: tuple[float, float] | None = None
     bound: float | None = None
@@ -190,6 +195,12 @@ def build_bundle(
             "give build_bundle what export.harden.train_network returns"
         )
     front, back = split(whole, model.cut)
+    if options.weight_bits not in (8, 32) or (options.weight_bits == 8 and not wanted.frozen):
+        raise ExportError(
+            f"weights in {options.weight_bits} bits: 8 or 32 can be, and 8 alone where the front is frozen, for "
+            "training goes on from exact ones"
+        )
+    compact = _rounded(front) if options.weight_bits == 8 else {}
     _check_bound(front, wanted.bound)
     _check_halves(whole, front, back, options, perturbation)
     graphs = build_graphs(
@@ -250,7 +261,7 @@ def build_bundle(
         server=part.as_manifest(),
         versions={"psgl": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxruntime")}},
     )
-    bundle_id = write_bundle(out, manifest, {**_files(graphs), PARITY: facts.parity}, sign_key=sign_key)
+    bundle_id = write_bundle(out, manifest, {**_files(graphs, compact), PARITY: facts.parity}, sign_key=sign_key)
     beside = back_path(out)
     try:
         beside.write_bytes(weights)
@@ -401,9 +412,19 @@ def _cut_shape(front: nn.Module, options: BuildOptions, perturbation: Perturbati
     return tuple(int(size) for size in activations.shape[1:])
 
 
-def _files(graphs: GraphSet) -> dict[str, bytes]:
+def _files(graphs: GraphSet, compact: Mapping[str, npt.NDArray[Any]]) -> dict[str, bytes]:
     named = {f"{name}.onnx": graph for name, graph in graphs.by_name.items()}
-    return {**named, INITIAL: pack_tensors(graphs.tensors)}
+    return {**named, INITIAL: pack_tensors({**graphs.tensors, **compact})}
+
+
+def _rounded(front: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Give a front the weights that 8 bits can say, and say them."""
+    said = compacted({f"p.{name}": value.detach().numpy() for name, value in front.named_parameters()})
+    exact = expanded(said)
+    with torch.no_grad():
+        for name, value in front.named_parameters():
+            value.copy_(torch.from_numpy(exact[f"p.{name}"]))
+    return said
 
 
 def measured_range(samples: Samples) -> tuple[float, float] | None:

@@ -89,6 +89,14 @@ def add_build(commands: Any) -> None:
         choices=("attacked", "recovered", "fused"),
         help="what the server trains (default: the profile's; a cut that gives vectors has attacked alone)",
     )
+    parser.add_argument(
+        "--weight-bits",
+        type=int,
+        choices=(8, 32),
+        default=32,
+        help="of a weight in the bundle of a front that is trained here; 8 make it about a quarter as large (default "
+        "%(default)s)",
+    )
     parser.add_argument("--noise", type=float, help="standard deviation on the activations (default: the profile's)")
     parser.add_argument("--seed", type=int, default=0, help="of training and initial weights (default %(default)s)")
     parser.add_argument("--signal", action="store_true", help="the samples are signals (N, T) or (N, C, T), not images")
@@ -143,6 +151,7 @@ def build(arguments: argparse.Namespace) -> int:
         epsilon=arguments.epsilon,
         streams=None if arguments.streams is None else tuple(arguments.streams),
         noise=arguments.noise,
+        weight_bits=arguments.weight_bits,
         input_range=_input_range(arguments, dataset),
     )
     given = {name: value for name in _RECIPE if (value := getattr(arguments, name)) is not None}

@@ -14,6 +14,7 @@ from edge_sdk.batch import Samples, as_batch
 from edge_sdk.bundle import load_bundle
 from edge_sdk.errors import BatchError
 from edge_sdk.front import Front, FrontState
+from edge_sdk.verification import verify
 from export.build import BuildOptions, build_bundle, class_names, measured_range, model_of, prepare_guide
 from export.errors import ExportError
 from export.graphs import Optimizer, build_graphs
@@ -157,6 +158,29 @@ def test_switches_that_cannot_be(options: dict[str, Any], words: str, tmp_path: 
     with pytest.raises(ExportError, match=words):
         build_bundle(tmp_path / "x", replace(OPTIONS, **options), None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_in_8_bits_are_those_of_every_graph(tmp_path: Path) -> None:
+    whole, small = (
+        build_bundle(tmp_path / f"{bits}.psgl", replace(FROZEN, weight_bits=bits), None, network=build(HARDENED, 5))
+        for bits in (32, 8)
+    )
+    exact, rounded = load_bundle(whole.bundle), load_bundle(small.bundle)
+    assert small.bundle.stat().st_size < 0.7 * whole.bundle.stat().st_size and small.worst_error < 1e-3
+    assert small.back.read_bytes() == whole.back.read_bytes()
+    for name, tensor in exact.initial.items():
+        found = rounded.initial[name]
+        assert found.dtype == np.float32 and found.shape == tensor.shape
+        assert np.abs(found - tensor).max() <= np.abs(tensor).max() / 250
+        assert (found == tensor).all() == (name[:2] != "p." or tensor.ndim < 2), name
+    assert verify(rounded, runs=1).passed
+
+
+@pytest.mark.parametrize(("profile", "bits"), [("vanilla", 8), ("hardened", 4)])
+def test_weights_in_few_bits_that_cannot_be(profile: str, bits: int, tmp_path: Path) -> None:
+    options = replace(FROZEN if profile == "hardened" else OPTIONS, weight_bits=bits)
+    with pytest.raises(ExportError, match="8 or 32 can be, and 8 alone where the front is frozen"):
+        build_bundle(tmp_path / "x", options, None, network=build(HARDENED, 5) if profile == "hardened" else None)
 
 
 def test_a_code_has_nothing_to_recover(tmp_path: Path) -> None:
