@@ -17,8 +17,9 @@ import numpy as np
 import onnx
 import pytest
 
-from edge_sdk.bundle import load_bundle, write_bundle
+from edge_sdk.bundle import INITIAL, PARITY, load_bundle, write_bundle
 from edge_sdk.codec import pack_tensors
+from edge_sdk.vectors import pack_vectors
 from server_sdk.broker import EmbeddedBroker
 
 PATIENCE_S = 60.0
@@ -246,10 +247,12 @@ def test_a_bundle_for_another_onnxruntime_is_one_line(ward: Any, built: dict[str
     bundle = load_bundle(built["vanilla"].path)
     files = {f"{name}.onnx": graph for name, graph in bundle.graphs.items()}
     model = onnx.load_from_string(files["infer.onnx"])
-    model.opset_import[0].version = 99
+    model.opset_import[0].version = 60
     files["infer.onnx"] = model.SerializeToString()
     path = ward.folder / "new.psgl"
-    write_bundle(path, replace(bundle.manifest), {**files, "initial.cbor": pack_tensors(bundle.initial)})
+    newer = {**bundle.manifest.interfaces, "infer": replace(bundle.manifest.interfaces["infer"], opset=60)}
+    files |= {INITIAL: pack_tensors(bundle.initial), PARITY: pack_vectors(bundle.parity)}
+    write_bundle(path, replace(bundle.manifest, interfaces=newer), files)
     config = configure(ward, "vanilla", "train")
     config.write_text(config.read_text().replace(str(ward.bundle("vanilla")), str(path)))
     for line in (ward._start("edge_sdk.cli", "check", config).one_line(), service(ward, config, {}).one_line()):

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 
+from edge_sdk.batch import Samples
 from edge_sdk.bundle import load_bundle
+from edge_sdk.dataset import save_dataset
 from export.cli import main
 from tests.models import write_module
 
@@ -56,8 +58,21 @@ def test_a_residual_network_with_its_own_guide_is_trained_by_server_and_device(w
     assert not any(".layer2." in name for name in weights)
 
 
-def test_a_hardened_one_sends_a_code(ward: Any, build: Build) -> None:
-    build("--cut", "layer1", "--steps", 3, "--no-comparison", "--code", 8, "--back", "my_module:MyBack")
+def test_a_hardened_one_sends_a_code(ward: Any, build: Build, samples: Callable[[int, int], Samples]) -> None:
+    save_dataset(ward.folder / "open.npz", samples(48, 3), samples(24, 4))
+    build(
+        "--data",
+        "open.npz",
+        "--cut",
+        "layer1",
+        "--steps",
+        3,
+        "--no-comparison",
+        "--code",
+        8,
+        "--back",
+        "my_module:MyBack",
+    )
     assert load_bundle(ward.folder / "net.psgl").manifest.cut_shape == (8,)
     allowed = ("--allow-model", "my_module:MyNet", "--allow-model", "my_module:MyBack")
     server = ward.server(10, *allowed, profile="own")

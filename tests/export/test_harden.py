@@ -16,7 +16,7 @@ from edge_sdk.errors import BatchError
 from export.build import BuildOptions, class_names, model_of
 from export.defences import Bottleneck
 from export.errors import ExportError
-from export.harden import Recipe, _augmented, _judgements, recipe_for, train_network
+from export.harden import Recipe, _augmented, _judgements, _Network, recipe_for, train_network
 from server_sdk.reference.perturbation import front_input
 from server_sdk.reference.specification import ModelSpec
 from server_sdk.reference.split import split
@@ -102,7 +102,7 @@ def test_teachers_never_judge_what_they_saw(grouped: bool, samples: Draw) -> Non
     floats = torch.from_numpy(x.astype(np.float32) / 255)
     target = nn.functional.one_hot(torch.from_numpy(y), 3).float()
     recipe = replace(QUICK, teacher=1.0, teacher_steps=60, folds=4)
-    plain = network_of("vanilla")
+    plain = _Network(network_of("vanilla"), None, ())
 
     def told(known: np.ndarray | None) -> float:
         judged = _judgements(floats, target, plain, recipe, 0, known, None)
@@ -120,7 +120,7 @@ def test_judgements_of_learnable_labels_are_good(samples: Draw) -> None:
     target = nn.functional.one_hot(torch.from_numpy(drawn.y), 3).float()
     floats = torch.from_numpy(drawn.x.astype(np.float32) / 255)
     recipe = replace(QUICK, teacher=1.0, teacher_steps=40, folds=2)
-    judged = _judgements(floats, target, network_of("vanilla"), recipe, 0, None, None)
+    judged = _judgements(floats, target, _Network(network_of("vanilla"), None, ()), recipe, 0, None, None)
     assert float((judged.argmax(1).numpy() == drawn.y).mean()) > 0.9
 
 
