@@ -10,7 +10,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test check format bench chaos fuzz reproduce image image-run clean
+.PHONY: help demo test check format bench chaos fuzz reproduce image image-run image-arm64 clean
 
 help:
 	@echo "make demo    train on MNIST over MQTT: broker, server, three devices   [DATA=x.npz OUT=dir ARGS=...]"
@@ -22,6 +22,7 @@ help:
 	@echo "make fuzz    hostile bytes for the parsers, at least 200,000 inputs"
 	@echo "make image   a root file system for a gateway with the edge SDK alone, and its sizes; as root   [IMAGE=folder]"
 	@echo "make image-run   train inside it; as root"
+	@echo "make image-arm64   verify bundles with aarch64 wheels under qemu-user; as root"
 	@echo "PIP_ARGS=... is passed to pip (an index of CPU-only torch builds, for example)"
 
 $(BIN)/python:
@@ -68,6 +69,9 @@ image: $(BIN)/python
 
 image-run: $(VENV)/installed-export
 	PYTHON='$(abspath $(BIN)/python)' examples/gateway-image/run.sh '$(IMAGE)'
+
+image-arm64: $(VENV)/installed-export
+	PYTHON='$(abspath $(BIN)/python)' examples/gateway-image/arm64.sh '$(IMAGE)'
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

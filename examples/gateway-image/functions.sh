@@ -1,4 +1,4 @@
-# Shared by build.sh and run.sh, which source it.
+# Shared by build.sh, run.sh and arm64.sh, which source it.
 SUITE=bookworm # its Python is 3.11, its glibc 2.36
 PYTHON=${PYTHON:-python3}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
