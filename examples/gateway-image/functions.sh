@@ -1,6 +1,9 @@
 # Shared by build.sh, run.sh and arm64.sh, which source it.
 SUITE=bookworm # its Python is 3.11, its glibc 2.36
 PYTHON=${PYTHON:-python3}
+# onnxruntime's wheels gather events about their use in ~/.cache and send them to its makers, unless this is set before
+# it is imported.
+export ORT_DISABLE_TELEMETRY=1
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CHECKOUT=$(cd "$HERE/../.." && pwd)
 
@@ -64,8 +67,10 @@ install_sdk() {
     rm -rf "$site/bin" # their first line names this machine's Python
     cat >"$1/usr/local/bin/psgl-edge" <<'SCRIPT'
 #!/usr/bin/python3
+import os
 import sys
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # a device reports to its operator alone; read when onnxruntime is imported
 from edge_sdk.cli import main
 
 sys.exit(main())

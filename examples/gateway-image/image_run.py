@@ -35,11 +35,12 @@ file = "state.sqlite"
 data = "data.npz"
 report = "report.json"
 """
+_FILES = {"data.npz", "device.toml", "net.psgl", "report.json", "state.sqlite"}
 _INSTALLED = "import importlib.util as u; print([n for n in ('torch', 'onnx', 'safetensors') if u.find_spec(n)])"
 
 
 def main() -> int:
-    """Run it; returns 0 if the device and the server ended their rounds and torch was neither there nor loaded."""
+    """Run it; returns 0 if both ended their rounds, torch was neither there nor loaded, and no stray file is left."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("root", type=Path, help="the image, with /mnt bound to FOLDER/device")
     parser.add_argument("folder", type=Path, help="for all that is written")
@@ -60,14 +61,16 @@ def main() -> int:
         finally:
             server.kill()
     report = json.loads((folder / "device" / "report.json").read_text())
+    strays = sorted({path.name for path in (folder / "device").iterdir()} - _FILES)
     installed = _inside(root, "python3", "-c", _INSTALLED).strip()
     print(
         f"{_ROUNDS} rounds in {time.monotonic() - began:.1f} s: {report['steps']} steps of the device, "
         f"{report['bytes_sent']:,} bytes sent, {report['bytes_received']:,} received, "
         f"peak memory {report['peak_rss_mb']} MB\n"
-        f"torch loaded by the device: {report['torch_loaded']}; of torch, onnx, safetensors in the image: {installed}"
+        f"torch loaded by the device: {report['torch_loaded']}; of torch, onnx, safetensors in the image: {installed}; "
+        f"files that the device was not told to write: {strays}"
     )
-    fine = code == 0 and report["steps"] == _ROUNDS and not report["torch_loaded"] and installed == "[]"
+    fine = code == 0 and report["steps"] == _ROUNDS and not report["torch_loaded"] and installed == "[]" and not strays
     if not fine:
         print(f"this is not what was asked for: the server ended with {code}, see {folder}/server.log", file=sys.stderr)
     return 0 if fine else 1

@@ -25,10 +25,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what verify prints here, too")
     arguments = parser.parse_args()
     print(_emulated(arguments.root, "-c", _PROCESSOR).strip(), flush=True)
+    program = arguments.root / "usr/local/bin/psgl-edge"
     found: dict[str, Any] = {}
     for bundle in arguments.bundles:
         began = time.monotonic()
-        command = ["-m", "edge_sdk.cli", "verify", str(bundle.resolve()), "--runs", "1", "--json"]
+        command = [str(program.resolve()), "verify", str(bundle.resolve()), "--runs", "1", "--json"]
         done = json.loads(_emulated(arguments.root, *command))
         found[bundle.stem] = {**done, "seconds": round(time.monotonic() - began, 1)}
         for check in done["checks"]:
