@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 help:
 	@echo "make demo    train on MNIST over MQTT: broker, server, three devices   [DATA=x.npz OUT=dir ARGS=...]"
-	@echo "make test    run every test"
+	@echo "make test    run every test (but one: ARGS=\"-m arm64\")"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   measure speed side by side with plain torch and bare MQTT"
 	@echo "make chaos   kill devices, broker and server again and again; nothing may be lost   [ARGS=--quick]"

@@ -23,10 +23,17 @@ need_root() {
 
 # Start over in name spaces of its own for mounts and processes: both are gone with this process, however it ends.
 alone() {
-    if [ -z "${GATEWAY_IMAGE_ALONE:-}" ]; then
-        need unshare "apt install util-linux"
-        GATEWAY_IMAGE_ALONE=1 exec unshare --mount --pid --fork --mount-proc --kill-child=KILL -- "$0" "$@"
+    local code=0
+    if [ -n "${GATEWAY_IMAGE_ALONE:-}" ]; then
+        return
     fi
+    need unshare "apt install util-linux"
+    need setpriv "apt install util-linux"
+    GATEWAY_IMAGE_ALONE=1 setpriv --pdeathsig KILL \
+        unshare --mount --pid --fork --mount-proc --kill-child=KILL -- "$0" "$@" &
+    trap "kill -KILL $!; exit 143" INT TERM HUP
+    wait "$!" || code=$?
+    exit "$code"
 }
 
 # chosen_folder FOLDER: its absolute path in OUT; everything that is written stays there.
