@@ -4,21 +4,25 @@ VENV ?= .venv
 PIP_ARGS ?=
 DATA ?=
 OUT ?= runs/demo
+IMAGE ?= runs/gateway-image
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test check format bench chaos fuzz reproduce clean
+.PHONY: help demo test check format bench chaos fuzz reproduce image image-run image-arm64 clean
 
 help:
 	@echo "make demo    train on MNIST over MQTT: broker, server, three devices   [DATA=x.npz OUT=dir ARGS=...]"
-	@echo "make test    run every test"
+	@echo "make test    run every test (but one: ARGS=\"-m arm64\")"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   measure speed side by side with plain torch and bare MQTT"
 	@echo "make chaos   kill devices, broker and server again and again; nothing may be lost   [ARGS=--quick]"
 	@echo "make reproduce   measure again what the paper claims; hours on 2 cores   [DATA=folder ARGS=--quick]"
 	@echo "make fuzz    hostile bytes for the parsers, at least 200,000 inputs"
+	@echo "make image   a root file system for a gateway with the edge SDK alone, and its sizes; as root   [IMAGE=folder]"
+	@echo "make image-run   train inside it; as root"
+	@echo "make image-arm64   verify bundles with aarch64 wheels under qemu-user; as root"
 	@echo "PIP_ARGS=... is passed to pip (an index of CPU-only torch builds, for example)"
 
 $(BIN)/python:
@@ -59,6 +63,15 @@ reproduce: $(VENV)/installed-dev
 
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m tests.fuzz --runs 200000 $(ARGS)
+
+image: $(BIN)/python
+	PYTHON='$(abspath $(BIN)/python)' examples/gateway-image/build.sh '$(IMAGE)'
+
+image-run: $(VENV)/installed-export
+	PYTHON='$(abspath $(BIN)/python)' examples/gateway-image/run.sh '$(IMAGE)'
+
+image-arm64: $(VENV)/installed-export
+	PYTHON='$(abspath $(BIN)/python)' examples/gateway-image/arm64.sh '$(IMAGE)'
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

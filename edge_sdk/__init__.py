@@ -7,6 +7,7 @@ a server's rounds, ``daemon`` keeps both going.
 
 from __future__ import annotations
 
+from edge_sdk import telemetry as _telemetry  # noqa: F401 - before anything that imports onnxruntime
 from edge_sdk.backlog import BacklogLimits
 from edge_sdk.budget import Budget
 from edge_sdk.bundle import Bundle, load_bundle

@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
+from edge_sdk import telemetry as _telemetry  # noqa: F401 - before anything that imports onnxruntime
+
 __all__: list[str] = []
