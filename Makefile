@@ -54,6 +54,7 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.step --json
 	$(BIN)/python -m benchmarks.wire --json
+	$(BIN)/python -m benchmarks.edge --json
 
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.chaos --json $(ARGS)
