@@ -157,8 +157,9 @@ def _rows(
         positions = [_position(column, heading, name) for column in columns]
     cells = first if heading is None else _cells(file, name, delimiter)
     while cells is not None:
-        values = [_number(cells, position) for position in positions]
-        yield values if clock is None else Reading(_number(cells, clock), values)
+        if cells != heading:  # said again: the writer of a pipe came back before we saw that it was gone
+            values = [_number(cells, position) for position in positions]
+            yield values if clock is None else Reading(_number(cells, clock), values)
         cells = _cells(file, name, delimiter)
 
 

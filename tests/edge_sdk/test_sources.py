@@ -126,6 +126,14 @@ def test_a_pipe_whose_writer_comes_back_goes_on(tmp_path: Path) -> None:
     sensor.join(10)
 
 
+def test_a_heading_that_is_said_again_is_no_sample(tmp_path: Path) -> None:
+    """A writer that is back before the reader saw it go begins anew in the middle of what the reader reads."""
+    (tmp_path / "sensor.csv").write_text("time,II\n0,1\ntime,II\n0,2\nII,time\n")
+    assert list(islice(csv_samples(tmp_path / "sensor.csv", columns=["II"]), 2)) == [[1], [2]]
+    *_, damaged = csv_samples(tmp_path / "sensor.csv", columns=["II"])
+    assert np.isnan(damaged).all()
+
+
 def test_standard_input_and_a_sensors_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "input").write_text("1,2\n3,4\n")
     with (tmp_path / "input").open() as file:
