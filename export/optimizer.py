@@ -11,7 +11,7 @@ from torch import Tensor
 
 from export.errors import ExportError
 
-__all__ = ["Optimizer", "in_a_row", "initial_state", "step"]
+__all__ = ["Optimizer", "initial_state", "step"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def initial_state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
         if not optimizer.momentum:
             return {}
         return {f"{name}.momentum": torch.zeros_like(tensor) for name, tensor in parameters.items()}
-    row = torch.zeros_like(in_a_row(parameters))
+    row = torch.zeros_like(_in_a_row(parameters))
     return {"m": row, "v": row.clone(), "t": torch.zeros(())}
 
 
-def in_a_row(tensors: Mapping[str, Tensor]) -> Tensor:
+def _in_a_row(tensors: Mapping[str, Tensor]) -> Tensor:
     """All values of all tensors as one vector: a dozen operators for a step of adam instead of a dozen for each."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
 
@@ -85,13 +85,13 @@ def step(
     # 1 - 0.999**t loses five digits in float32 while t is small
     correction1 = (1.0 - torch.pow(first, count.double())).float()
     correction2 = (1.0 - torch.pow(second, count.double())).sqrt().float()
-    gradient = in_a_row({name: gradients[name] for name in parameters})
+    gradient = _in_a_row({name: gradients[name] for name in parameters})
     mean = state["m"] + (gradient - state["m"]) * (1.0 - first)
     square = second * state["v"] + (1.0 - second) * (gradient * gradient)
     # torch's rule with both sides multiplied by correction2: the ONNX optimizer takes "+ 1e-8" for "+ 0" and drops it,
     # and a parameter whose gradient was always 0 (a channel that is dead or dark) would become 0 / 0.
     change = (rate / correction1 * correction2) * mean / (square.sqrt() + optimizer.epsilon * correction2)
-    stepped = torch.split(in_a_row(parameters) - change, [value.numel() for value in parameters.values()])
+    stepped = torch.split(_in_a_row(parameters) - change, [value.numel() for value in parameters.values()])
     for (name, value), row in zip(parameters.items(), stepped, strict=True):
         after[name] = row.reshape(value.shape)
     return after, {"m": mean, "v": square, "t": count}

@@ -269,8 +269,14 @@ def test_training_steps(built, run, step, close, name: str) -> None:
         wanted |= {f"next.s.{key}": value for key, value in _torch_state(front, optimizer).items()}
         assert list(got) == [f"next.{key}" for key in carried]
         assert got.keys() == wanted.keys()
+        sizes = [parameter.numel() for parameter in front.parameters()]
         for key, value in wanted.items():
-            close(got[key], value, f"{key} after step {number}", relative=1e-4)
+            # a row by its parameters: beside large gradients small ones would count for nothing
+            parts = sizes if key in ("next.s.m", "next.s.v") else [value.numel()]
+            for mine, theirs in zip(
+                torch.from_numpy(got[key]).flatten().split(parts), value.flatten().split(parts), strict=True
+            ):
+                close(mine.numpy(), theirs, f"{key} after step {number}", relative=1e-4)
         carried = {key.removeprefix("next."): value for key, value in got.items()}
 
 
@@ -322,10 +328,11 @@ def test_names_shapes_and_operators(built, name: str) -> None:
         public = [v for v in (*model.graph.input, *model.graph.output) if v.name[:2] not in ("f.", "r.")]
         taken = [value.name for value in model.graph.input if value in public]
         given = [value.name for value in model.graph.output if value in public]
-        # what adam needs of the parameters, all in a row, may come from prepare
-        adam = kind == "backward" and set(inputs) - set(parameters) <= set(taken) <= set(inputs)
+        if kind == "backward" and setting.optimizer.kind == "adam":
+            # what it needs of the parameters, all in a row, comes from prepare
+            inputs = [key for key in inputs if key not in parameters or key in taken]
         # prepare may also read what train shows; nobody else reads or gives more than its own
-        assert taken == inputs or (kind == "prepare" and set(taken) <= {*entry, *results, *parameters}) or adam, kind
+        assert taken == inputs or (kind == "prepare" and set(taken) <= {*entry, *results, *parameters}), kind
         assert given == outputs, kind
         for value in public:
             tensor = value.type.tensor_type
