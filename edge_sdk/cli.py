@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.bundle import Bundle
 from edge_sdk.bundle_commands import COMMANDS as BUNDLE_COMMANDS
 from edge_sdk.bundle_commands import EXAMPLES as BUNDLE_EXAMPLES
 from edge_sdk.bundle_commands import add_bundle_commands, add_public_key, run_bundle_command
-from edge_sdk.client import EdgeClient
 from edge_sdk.config import load_config
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
-from edge_sdk.dataset import Dataset, load_dataset
-from edge_sdk.errors import BatchError, ConfigError
+from edge_sdk.dataset import Dataset
+from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.results import write_results
-from edge_sdk.run_options import add_device_options, open_state
-from edge_sdk.signing import public_key_from
+from edge_sdk.run_options import add_device_options, client_of, open_state, read_bundle, read_samples, take_part
 from edge_sdk.sqlite_state import SqliteState
-from edge_sdk.training import follow
 
 __all__ = ["main", "run_parser"]
 
@@ -193,38 +189,16 @@ def _run(arguments: argparse.Namespace) -> int:
         from edge_sdk.daemon import serve
 
         return serve(arguments)
-    if arguments.data is None:
-        raise ConfigError("there are no samples to train on: give --data")
     keep_freed_memory()
-    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
-    signal = True if len(bundle.manifest.input_shape) == 2 else None
-    dataset = load_dataset(arguments.data, classes=len(bundle.manifest.classes), signal=signal)
-    if dataset.input_shape != bundle.manifest.input_shape:
-        raise BatchError(
-            f"{arguments.data} has samples of shape {dataset.input_shape}, "
-            f"the bundle takes {bundle.manifest.input_shape}: use the bundle that was exported for this data"
-        )
-    if not 1024 <= arguments.chunk_bytes <= 1 << 20:
-        raise ConfigError("--chunk-bytes is 1024 to 1048576")
-    if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
-        raise ConfigError("--shift is 0 or less than the image's size, --seed at least 0")
+    bundle = read_bundle(arguments)
+    dataset = read_samples(arguments, bundle)
     with closing(open_state(arguments, bundle)) as state:
         return _take_part(arguments, bundle, dataset, state)
 
 
 def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, state: SqliteState) -> int:
     transport = PahoTransport(connection_from(arguments), client_id=f"psgl-{arguments.fleet}-{arguments.device}")
-    client = EdgeClient(
-        bundle,
-        transport,
-        device=arguments.device,
-        fleet=arguments.fleet,
-        state=state,
-        codec=arguments.codec,
-        chunk_bytes=arguments.chunk_bytes,
-        give_up_s=arguments.give_up_s,
-        train_epsilon=0.0 if arguments.train_unperturbed else None,
-    )
+    client = client_of(arguments, bundle, transport, state)
 
     def show(event: dict[str, Any]) -> None:
         if arguments.json:
@@ -236,15 +210,7 @@ def _take_part(arguments: argparse.Namespace, bundle: Bundle, dataset: Dataset, 
     try:
         client.start(wait_s=arguments.wait_s)
         stop_on_signals(client.interrupt)  # an exception out of nowhere would leave the MQTT library half way
-        follow(
-            client,
-            dataset.train,
-            dataset.test,
-            seed=arguments.seed,
-            shift=arguments.shift,
-            measure_clean=arguments.measure_clean,
-            on_event=show,
-        )
+        take_part(client, dataset, arguments, show)
         report = write_results(client, arguments.save_front, arguments.report)
         show({"event": "end", **report})
     finally:

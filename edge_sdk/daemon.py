@@ -8,23 +8,30 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.bundle import Bundle
 from edge_sdk.client import EdgeClient
 from edge_sdk.console import connection_from, stop_on_signals
-from edge_sdk.dataset import Dataset, load_dataset
+from edge_sdk.dataset import Dataset
 from edge_sdk.decision_file import DecisionFile
-from edge_sdk.errors import BatchError, ConfigError, PsglError, RefusedError, StateError, TransportError
+from edge_sdk.errors import ConfigError, PsglError, RefusedError, StateError, TransportError
 from edge_sdk.front import Front
 from edge_sdk.logs import configure, log, warn
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.noise import KEY_BYTES
 from edge_sdk.notify import Notifier
 from edge_sdk.results import write_results
-from edge_sdk.run_options import budget_of, limits_of, make_source, open_state, windowing_of
-from edge_sdk.signing import public_key_from
+from edge_sdk.run_options import (
+    budget_of,
+    client_of,
+    limits_of,
+    make_source,
+    open_state,
+    read_bundle,
+    read_samples,
+    take_part,
+    windowing_of,
+)
 from edge_sdk.status import Condition
-from edge_sdk.topics import check_name
-from edge_sdk.training import follow
 from edge_sdk.windows import Windowing
 
 __all__ = ["check", "serve"]
@@ -55,16 +62,11 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         bundle, dataset = _read(arguments)
         with closing(open_state(arguments, bundle)) as state:
-            client = EdgeClient(
+            client = client_of(
+                arguments,
                 bundle,
                 connection_from(arguments),
-                device=arguments.device,
-                fleet=arguments.fleet,
-                state=state,
-                codec=arguments.codec,
-                chunk_bytes=arguments.chunk_bytes,
-                give_up_s=arguments.give_up_s,
-                train_epsilon=0.0 if arguments.train_unperturbed else None,
+                state,
                 decision_s=arguments.decision_s,
                 budget=budget_of(arguments),
                 on_turn=notifier.alive,
@@ -132,27 +134,10 @@ def _mode(arguments: argparse.Namespace) -> str:
 
 def _read(arguments: argparse.Namespace) -> tuple[Bundle, Dataset | None]:
     """The bundle, and the samples to train on where the mode has training."""
-    check_name(arguments.fleet), check_name(arguments.device)
-    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
-    manifest = bundle.manifest
+    bundle = read_bundle(arguments)
     if _mode(arguments) != "train" and arguments.decisions is None:
         raise ConfigError("decisions are patient data: say where they go with --decisions, or decisions in [infer]")
-    if not 1024 <= arguments.chunk_bytes <= 1 << 20:
-        raise ConfigError("--chunk-bytes is 1024 to 1048576")
-    if not 0 <= arguments.shift < min(manifest.input_shape[1:]) or arguments.seed < 0:
-        raise ConfigError("--shift is 0 or less than the sample's size, --seed at least 0")
-    if _mode(arguments) == "infer":
-        return bundle, None
-    if arguments.data is None:
-        raise ConfigError("there are no samples to train on: give --data, or data in [train]")
-    signal = True if len(manifest.input_shape) == 2 else None
-    dataset = load_dataset(arguments.data, classes=len(manifest.classes), signal=signal)
-    if dataset.input_shape != manifest.input_shape:
-        raise BatchError(
-            f"{arguments.data} has samples of shape {dataset.input_shape}, "
-            f"the bundle takes {manifest.input_shape}: use the bundle that was exported for this data"
-        )
-    return bundle, dataset
+    return bundle, None if _mode(arguments) == "infer" else read_samples(arguments, bundle)
 
 
 def _train(client: EdgeClient, dataset: Dataset, arguments: argparse.Namespace) -> None:
@@ -184,15 +169,7 @@ def _follow(client: EdgeClient, dataset: Dataset, arguments: argparse.Namespace)
 
     run = client.plan.run
     try:
-        follow(
-            client,
-            dataset.train,
-            dataset.test,
-            seed=arguments.seed,
-            shift=arguments.shift,
-            measure_clean=arguments.measure_clean,
-            on_event=show,
-        )
+        take_part(client, dataset, arguments, show)
     except RefusedError as exc:
         if exc.reason != "run" or client.state.run != run:
             raise

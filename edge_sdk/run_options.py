@@ -1,27 +1,44 @@
-"""The options of ``psgl-edge run`` that a device needs beside those of one training run, and what is made of them."""
+"""What is made of the options of ``psgl-edge run``, and those that a device needs beside those of one training run."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.backlog import BacklogLimits
 from edge_sdk.budget import Budget
-from edge_sdk.bundle import Bundle
-from edge_sdk.errors import ConfigError
+from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.client import EdgeClient
+from edge_sdk.dataset import Dataset, load_dataset
+from edge_sdk.errors import BatchError, ConfigError
 from edge_sdk.front import FrontState
 from edge_sdk.sealing import load_key
+from edge_sdk.signing import public_key_from
 from edge_sdk.sources import csv_samples, npz_windows, python_samples
 from edge_sdk.sqlite_state import SqliteState, forget
-from edge_sdk.state import OutboxLimits
+from edge_sdk.state import OutboxLimits, State
 from edge_sdk.topics import check_name
+from edge_sdk.training import follow
+from edge_sdk.transport import Connection, Transport
 from edge_sdk.windows import Windowing
 
-__all__ = ["MODES", "add_device_options", "budget_of", "limits_of", "make_source", "open_state", "windowing_of"]
+__all__ = [
+    "MODES",
+    "add_device_options",
+    "budget_of",
+    "client_of",
+    "limits_of",
+    "make_source",
+    "open_state",
+    "read_bundle",
+    "read_samples",
+    "take_part",
+    "windowing_of",
+]
 
 MODES = ("train", "infer", "train-then-infer")
 
@@ -98,6 +115,77 @@ def open_state(arguments: argparse.Namespace, bundle: Bundle) -> SqliteState:
         key=load_key(arguments.state_key_file, os.environ),
         synchronous=arguments.state_sync,
         on_note=lambda text: print(f"note: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def read_bundle(arguments: argparse.Namespace) -> Bundle:
+    """The bundle, and a look at the options that hang on it.
+
+    Raises:
+        BundleError, ConfigError: it cannot be used, or not so.
+    """
+    check_name(arguments.fleet), check_name(arguments.device)
+    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
+    if not 1024 <= arguments.chunk_bytes <= 1 << 20:
+        raise ConfigError("--chunk-bytes is 1024 to 1048576")
+    if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
+        raise ConfigError("--shift is 0 or less than the sample's size, --seed at least 0")
+    return bundle
+
+
+def read_samples(arguments: argparse.Namespace, bundle: Bundle) -> Dataset:
+    """The samples to train on.
+
+    Raises:
+        BatchError, ConfigError: there are none, or not for this bundle.
+    """
+    if arguments.data is None:
+        raise ConfigError("there are no samples to train on: give --data, or data in [train]")
+    manifest = bundle.manifest
+    signal = True if len(manifest.input_shape) == 2 else None
+    dataset = load_dataset(arguments.data, classes=len(manifest.classes), signal=signal)
+    if dataset.input_shape != manifest.input_shape:
+        raise BatchError(
+            f"{arguments.data} has samples of shape {dataset.input_shape}, "
+            f"the bundle takes {manifest.input_shape}: use the bundle that was exported for this data"
+        )
+    return dataset
+
+
+def client_of(
+    arguments: argparse.Namespace, bundle: Bundle, transport: Transport | Connection, state: State, **further: Any
+) -> EdgeClient:
+    """The device.
+
+    Args:
+        further: options of ``EdgeClient``.
+    """
+    return EdgeClient(
+        bundle,
+        transport,
+        device=arguments.device,
+        fleet=arguments.fleet,
+        state=state,
+        codec=arguments.codec,
+        chunk_bytes=arguments.chunk_bytes,
+        give_up_s=arguments.give_up_s,
+        train_epsilon=0.0 if arguments.train_unperturbed else None,
+        **further,
+    )
+
+
+def take_part(
+    client: EdgeClient, dataset: Dataset, arguments: argparse.Namespace, on_event: Callable[[dict[str, Any]], None]
+) -> None:
+    """Follow the server's run to its end. See ``training.follow``."""
+    follow(
+        client,
+        dataset.train,
+        dataset.test,
+        seed=arguments.seed,
+        shift=arguments.shift,
+        measure_clean=arguments.measure_clean,
+        on_event=on_event,
     )
 
 
