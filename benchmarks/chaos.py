@@ -27,7 +27,8 @@ from benchmarks.chaos_check import Verdict, check
 from benchmarks.figures import options, print_figures
 from edge_sdk.dataset import load_dataset, save_dataset
 from examples.quickstart.data import divide, load
-from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+from export.build import build_bundle, prepare_guide
+from export.options import BuildOptions, class_names
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.child import Child
 from server_sdk.errors import ServerError

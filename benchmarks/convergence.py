@@ -34,8 +34,9 @@ from edge_sdk.bundle import INITIAL, PARITY, load_bundle, write_bundle
 from edge_sdk.codec import pack_tensors, unpack_tensors
 from edge_sdk.dataset import save_dataset
 from examples.quickstart.data import Division, divide, load
-from export.build import BuildOptions, build_bundle, class_names, prepare_guide
+from export.build import build_bundle, prepare_guide
 from export.costs import facts_of
+from export.options import BuildOptions, class_names
 from server_sdk.assembly import back_path
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.errors import ServerError

@@ -28,7 +28,8 @@ from benchmarks.figures import options, print_figures, ratio
 from edge_sdk.bundle import load_bundle
 from edge_sdk.front import Front
 from edge_sdk.memory import keep_freed_memory
-from export.build import BuildOptions, build_bundle, class_names, model_of
+from export.build import build_bundle
+from export.options import BuildOptions, class_names, model_of
 from server_sdk.reference.guide import Guide
 from server_sdk.reference.perturbation import front_input, normalise
 from server_sdk.reference.profiles import PROFILES

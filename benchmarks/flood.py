@@ -24,8 +24,9 @@ from benchmarks.figures import options, print_figures, ratio
 from edge_sdk import topics
 from edge_sdk.batch import Samples
 from edge_sdk.dataset import save_dataset
-from export.build import BuildOptions, build_bundle, class_names
+from export.build import build_bundle
 from export.graphs import Optimizer
+from export.options import BuildOptions, class_names
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.child import Child
 from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet

@@ -21,8 +21,9 @@ from edge_sdk.batch import Samples
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.dataset import save_dataset
 from edge_sdk.front import Front
-from export.build import BuildOptions, build_bundle, class_names
+from export.build import build_bundle
 from export.graphs import Optimizer
+from export.options import BuildOptions, class_names
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
 from server_sdk.reference.networks import step_network

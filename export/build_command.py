@@ -135,7 +135,8 @@ def build(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from export.build import build_bundle, class_names, perturbation_of, profile_of
+    from export.build import build_bundle
+    from export.options import class_names, perturbation_of, profile_of
     from export.own import initial_network
     from export.prepare import Prepared, prepare, recipe_of
     from export.trade_off import LEAST_HELD_OUT
@@ -247,7 +248,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _input_range(arguments: argparse.Namespace, dataset: Dataset | None) -> tuple[float, float] | None:
-    from export.build import measured_range
+    from export.options import measured_range
 
     if arguments.input_range is not None:
         return arguments.input_range[0], arguments.input_range[1]

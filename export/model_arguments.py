@@ -13,7 +13,7 @@ from edge_sdk.dataset import Dataset
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from export.build import BuildOptions
+    from export.options import BuildOptions
 
 __all__ = ["add_model", "model_options", "shape_and_classes"]
 
@@ -87,7 +87,7 @@ def model_options(
     """
     from dataclasses import replace
 
-    from export.build import BuildOptions
+    from export.options import BuildOptions
     from export.own import own_options
     from server_sdk.reference.specification import ModelSpec
 

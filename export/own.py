@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from edge_sdk.errors import ConfigError
-from export.build import BuildOptions, model_of, profile_of
 from export.errors import ExportError
+from export.options import BuildOptions, model_of, profile_of
 from server_sdk.reference.coded import coded, uncoded_name
 from server_sdk.reference.specification import ModelSpec, build
 from server_sdk.reference.zoo import ZOO

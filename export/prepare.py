@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from edge_sdk.batch import Samples
-from export.build import BuildOptions, model_of, perturbation_of, prepare_guide, profile_of
+from export.build import prepare_guide
 from export.errors import ExportError
 from export.harden import Progress, Recipe, recipe_for, train_network
+from export.options import BuildOptions, model_of, perturbation_of, profile_of
 from export.own import initial_network
 from server_sdk.reference.coded import uncoded
 from server_sdk.reference.specification import build

@@ -24,9 +24,10 @@ from edge_sdk.batch import Samples
 from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError, PsglError
 from edge_sdk.version import __version__
-from export.build import BuildOptions, build_bundle, class_names, measured_range, perturbation_of
+from export.build import build_bundle
 from export.errors import ExportError
 from export.harden import Recipe
+from export.options import BuildOptions, class_names, measured_range, perturbation_of
 from export.plan import AttackOptions, DataOptions, ProfileOptions
 from export.prepare import prepare, recipe_of
 from server_sdk.audit.division import Division, divide

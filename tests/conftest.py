@@ -15,7 +15,8 @@ from torch import nn
 
 from edge_sdk.batch import Samples
 from edge_sdk.bundle import Bundle, load_bundle
-from export.build import BuildOptions, build_bundle, class_names, model_of, prepare_guide
+from export.build import build_bundle, prepare_guide
+from export.options import BuildOptions, class_names, model_of
 from server_sdk.assembly import back_path, trainer_from
 from server_sdk.reference.guide import Guide
 from server_sdk.reference.perturbation import front_input

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from export.build import BuildOptions, build_bundle, class_names, model_of
+from export.build import build_bundle
+from export.options import BuildOptions, class_names, model_of
 from server_sdk.reference.guide import Guide
 from server_sdk.reference.profiles import PROFILES
 from server_sdk.reference.specification import build

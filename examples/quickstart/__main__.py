@@ -126,7 +126,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         from examples.quickstart.foe import attack
         from examples.quickstart.hardened import recipe_within
         from examples.quickstart.report import compose, print_report, write_result
-        from export.build import BuildOptions, build_bundle, class_names
+        from export.build import build_bundle
+        from export.options import BuildOptions, class_names
         from export.prepare import prepare
 
         torch.set_num_threads(1)  # the same bits whatever the number of cores, and no waiting for a core that is busy

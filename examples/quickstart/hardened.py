@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from export.build import BuildOptions
 from export.harden import Recipe
+from export.options import BuildOptions
 from export.prepare import recipe_of
 
 __all__ = ["recipe_within"]

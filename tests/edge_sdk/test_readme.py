@@ -15,7 +15,8 @@ from edge_sdk.batch import Samples
 from edge_sdk.bundle import load_bundle
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.wire import Message
-from export.build import BuildOptions, build_bundle, prepare_guide
+from export.build import build_bundle, prepare_guide
+from export.options import BuildOptions
 from tests.edge_sdk.test_client import scripted_server
 
 ROOT = Path(__file__).resolve().parents[2]

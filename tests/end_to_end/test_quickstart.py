@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from edge_sdk.batch import Samples
 from edge_sdk.codec import unpack_tensors
 from examples.quickstart.hardened import recipe_within
-from export.build import BuildOptions
+from export.options import BuildOptions
 
 Draw = Callable[[int, int], Samples]
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,9 +15,10 @@ from edge_sdk.bundle import load_bundle
 from edge_sdk.errors import BatchError
 from edge_sdk.front import Front, FrontState
 from edge_sdk.verification import verify
-from export.build import BuildOptions, build_bundle, class_names, measured_range, model_of, prepare_guide
+from export.build import build_bundle, prepare_guide
 from export.errors import ExportError
 from export.graphs import Optimizer, build_graphs
+from export.options import BuildOptions, class_names, measured_range, model_of
 from export.parity import check_parity
 from server_sdk.assembly import back_path, trainer_from
 from server_sdk.errors import ModelError

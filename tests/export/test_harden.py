@@ -13,10 +13,10 @@ from torch import nn
 
 from edge_sdk.batch import Samples
 from edge_sdk.errors import BatchError
-from export.build import BuildOptions, class_names, model_of
 from export.defences import Bottleneck
 from export.errors import ExportError
 from export.harden import Recipe, _augmented, _judgements, _Network, recipe_for, train_network
+from export.options import BuildOptions, class_names, model_of
 from server_sdk.reference.perturbation import front_input
 from server_sdk.reference.specification import ModelSpec
 from server_sdk.reference.split import split

@@ -17,10 +17,11 @@ from edge_sdk.bundle import load_bundle
 from edge_sdk.dataset import save_dataset
 from edge_sdk.errors import ConfigError, PsglError
 from edge_sdk.front import Front
-from export.build import build_bundle, class_names
+from export.build import build_bundle
 from export.cli import main
 from export.errors import ExportError
 from export.harden import recipe_for
+from export.options import class_names
 from export.own import initial_network, own_options
 from export.prepare import prepare, recipe_of, train_undefended
 from server_sdk.assembly import back_path, trainer_from

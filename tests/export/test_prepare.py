@@ -13,8 +13,9 @@ import torch
 from edge_sdk.batch import Samples, as_batch
 from edge_sdk.bundle import load_bundle
 from edge_sdk.front import Front
-from export.build import BuildOptions, build_bundle, class_names, model_of
+from export.build import build_bundle
 from export.errors import ExportError
+from export.options import BuildOptions, class_names, model_of
 from export.prepare import prepare, recipe_of, train_undefended
 from server_sdk.reference.profiles import PROFILES
 from server_sdk.reference.specification import ModelSpec, build

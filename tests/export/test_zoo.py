@@ -13,8 +13,9 @@ import torch
 from edge_sdk.batch import Samples
 from edge_sdk.bundle import load_bundle
 from edge_sdk.front import Front
-from export.build import build_bundle, class_names
+from export.build import build_bundle
 from export.cli import main
+from export.options import class_names
 from export.own import own_options
 from export.prepare import prepare, recipe_of
 from server_sdk.assembly import back_path, trainer_from
