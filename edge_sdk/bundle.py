@@ -48,7 +48,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # an LZMA header alone can ask for 4 GiB
 # What zipfile raises, by design or not, on bytes that are no archive.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
-_EVERY_GRAPH = ("train", "infer", "prepare", "backward")
+_EVERY_GRAPH = ("train", "infer", "prepare", "backward", "guide")
 _REMEDY = "export it again with psgl-export build, or copy it again"
 
 
@@ -59,7 +59,8 @@ class Bundle:
     Attributes:
         id: 32 hexadecimal digits that stand for every byte of the bundle.
         manifest: what it says of itself.
-        graphs: ONNX bytes by name (``train``, ``infer``, ``prepare``, ``backward``; of a frozen front ``infer``).
+        graphs: ONNX bytes by name (``train``, ``infer``, ``prepare``, ``backward``; of a frozen front ``infer``; with
+            them ``guide``, where there is one that only decides).
         initial: front tensors by name: ``p.*`` parameters, ``b.*`` statistics, ``s.*`` optimizer state (which a
             frozen front does not have).
         parity: what the graphs were given and gave at export, by name, as ``vectors`` describes it.
@@ -101,8 +102,8 @@ def write_bundle(
         if needed not in files:
             raise BundleError(f"a bundle needs {needed}")
     for graph in _EVERY_GRAPH:
-        if manifest.frozen and graph not in manifest.graphs and f"{graph}.onnx" in files:
-            raise BundleError(f"a bundle with a frozen front holds no {graph}.onnx")
+        if graph not in manifest.graphs and f"{graph}.onnx" in files:
+            raise BundleError(f"the manifest knows nothing of {graph}.onnx, or its front is frozen")
     hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
     document = document_of(manifest, hashes)
     text = json.dumps(document, indent=1, sort_keys=True).encode()

@@ -123,7 +123,7 @@ def check(arguments: argparse.Namespace) -> int:
     print(f"device {arguments.device} of fleet {arguments.fleet}: {mode}")
     print(f"bundle {bundle.id}, profile {bundle.manifest.profile}, input {shape}, this onnxruntime runs it")
     print(f"broker {connection.address}, {'TLS' if connection.secure else 'NOT encrypted'} (not tried)")
-    if mode != "train" and bundle.manifest.normalisation is None:
+    if mode != "train" and not bundle.manifest.decides_alone:
         print("without a connection there is no decision: the bundle has no guide")
     return 0
 

@@ -36,7 +36,8 @@ class Decision:
         probabilities: float32 (N, K): by the server, fused over the streams; by the guide, its softmax; NaN where there
             is no decision.
         streams: class of each of the server's streams by name, int64 (N); empty where the server did not decide.
-        guide: class of the device's guide, int64 (N), or None where the bundle has no guide.
+        guide: class of the device's guide, int64 (N), or None where the bundle has no guide, or one that is asked
+            only where the server is not there.
         by: ``server``; ``guide``: the server could not be asked; ``none``: it could not be asked and the bundle has no
             guide.
         why: a key of ``ABSENCES`` where the server did not decide, else empty.
@@ -100,11 +101,12 @@ def decide(station: Station, forward: Forward, asked: OutboxStep, within_s: floa
 def without_server(station: Station, forward: Forward, why: str) -> Decision:
     """What the device can say alone."""
     count, classes = len(forward.activations), len(station.manifest.classes)
-    if forward.guide is None:
+    logits = station.front.guide(forward)
+    if logits is None:
         return Decision(np.full((count, classes), np.nan, np.float32), {}, None, "none", why)
-    powers = np.exp(forward.guide - forward.guide.max(axis=1, keepdims=True))
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
-    return Decision(probabilities, {}, forward.guide.argmax(axis=1), "guide", why)
+    return Decision(probabilities, {}, logits.argmax(axis=1), "guide", why)
 
 
 def _decision(station: Station, forward: Forward, message: Message) -> Decision:

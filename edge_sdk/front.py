@@ -51,7 +51,7 @@ class Forward:
         activations: (N, *cut_shape), what crosses the wire.
         perturbed: (N, *input_shape), the attacked input (the input itself where the profile has no perturbation).
         map: (N, *input_shape), the normalised perturbation, or None.
-        guide: (N, K) logits of the guide, or None.
+        guide: (N, K) logits of the guide that steered the perturbation, or None.
         kept: of a training pass, what ``prepare`` and ``backward`` go on with (arrays and onnxruntime's own values).
     """
 
@@ -146,6 +146,19 @@ class Front:
         out = self._run("train" if training else "infer", {**state.tensors, **given})
         kept = {"x": x, **out} if training else {}
         return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"), kept)
+
+    def guide(self, forward: Forward) -> Array | None:
+        """What the device itself says of a batch: logits (N, K) of the bundle's guide, or None where it has none.
+
+        Args:
+            forward: what ``forward`` made of the batch.
+
+        Raises:
+            BatchError: onnxruntime refused the batch.
+        """
+        if forward.guide is not None or "guide" not in self._sessions:
+            return forward.guide
+        return self._run("guide", {"x": forward.perturbed})["guide"]
 
     def prepare(self, state: FrontState, forward: Forward) -> Forward:
         """Run the part of the backward pass that needs no gradient, while the gradient is still on its way.

@@ -20,6 +20,7 @@ FORMAT_VERSION = 2
 
 _INFER = ("infer",)
 _TRAINING = ("train", "infer", "prepare", "backward")
+_GUIDE = ("guide",)
 
 _Choice = TypeVar("_Choice", str, int)
 _Entry = TypeVar("_Entry")
@@ -42,7 +43,7 @@ class Manifest:
             at test; ``label``: the true label does, where the device has it.
         noise: standard deviation of the noise that the device adds to its activations, 0 for none.
         noise_kind: its distribution, ``gaussian`` or ``laplace``.
-        frozen: the front is never trained: the bundle holds the ``infer`` graph alone.
+        frozen: the front is never trained: of the front the bundle holds the ``infer`` graph alone.
         bits: of an activation on the wire, 1, 2, 4 or 8; 0 sends floats as the device's codec says.
         span: lowest and highest value that ``bits`` can say, exactly float32; None: those of each message.
         bound: no activation is larger than this in magnitude before the noise, 0 for no bound.
@@ -79,7 +80,12 @@ class Manifest:
     @property
     def graphs(self) -> tuple[str, ...]:
         """Names of the graphs that the bundle holds."""
-        return _INFER if self.frozen else _TRAINING
+        return (_INFER if self.frozen else _TRAINING) + tuple(name for name in _GUIDE if name in self.interfaces)
+
+    @property
+    def decides_alone(self) -> bool:
+        """Whether a device can decide without a server: by the perturbation's guide, or by one that only decides."""
+        return self.normalisation is not None or _GUIDE[0] in self.interfaces
 
     @property
     def packing(self) -> Packing | None:
@@ -158,14 +164,20 @@ def _check_graphs(manifest: Manifest) -> None:
     if set(manifest.interfaces) != names or set(manifest.costs) != names:
         raise ValueError(f"interfaces and costs are of other graphs than {', '.join(sorted(names))}")
     stated = {"x": manifest.input_shape, "noise": manifest.cut_shape, "gradient": manifest.cut_shape}
+    if manifest.normalisation is not None and "guide" in names:
+        raise ValueError("there is a guide that perturbs and another that only decides")
     for graph, interface in manifest.interfaces.items():
         inputs = {tensor.name: tensor for tensor in interface.inputs}
         outputs = {tensor.name: tensor for tensor in interface.outputs}
-        needed = {"x"} if graph in ("infer", "train") else {"gradient", "rate"} if graph == "backward" else set()
+        needed = {"backward": {"gradient", "rate"}, "prepare": set[str]()}.get(graph, {"x"})
         if graph in ("infer", "train"):
             needed |= {"noise"} if manifest.noise else set()
             if "activations" not in outputs:
                 raise ValueError(f"{graph} gives no activations")
+        if graph == "guide" and [(each.name, each.dtype, each.shape) for each in interface.outputs] != [
+            ("guide", "float32", (BATCH_AXIS, len(manifest.classes)))
+        ]:
+            raise ValueError("guide does not give one float32 logit for each class and no more")
         for name in sorted(needed - inputs.keys()):
             raise ValueError(f"{graph} takes no {name}")
         batched = {name: inputs[name] for name in stated if name in inputs}
@@ -182,7 +194,7 @@ def _short(value: object) -> str:
 
 def _each(value: object, parse: Callable[[object], _Entry]) -> dict[str, _Entry]:
     entries = _map(value)
-    if len(entries) > len(_TRAINING):
+    if len(entries) > len(_TRAINING + _GUIDE):
         raise ValueError(f"{len(entries)} graphs are more than there are")
     return {name: parse(entry) for name, entry in entries.items()}
 

@@ -8,7 +8,7 @@ A file ``parity.cbor`` maps names to typed arrays (RFC 8746), as ``initial.cbor`
   places floor(i x size / MOST_VALUES) in row-major order, as one flat array.
 
 The graphs run in the order of ``ORDER``, each with what those before it gave (``prepare`` and ``backward`` go on with
-what ``train`` hands on).
+what ``train`` hands on; nothing goes on from ``infer`` and ``guide``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from edge_sdk.errors import WireError
 from edge_sdk.interface import INNER
 from edge_sdk.limits import DEFAULT_LIMITS
 
-__all__ = ["GIVEN", "MOST_VALUES", "ORDER", "Run", "pack_vectors", "record", "replay", "thinned", "unpack_vectors"]
+__all__ = [
+    "GIVEN",
+    "LAST",
+    "MOST_VALUES",
+    "ORDER",
+    "Run",
+    "pack_vectors",
+    "record",
+    "replay",
+    "thinned",
+    "unpack_vectors",
+]
 
 Array = npt.NDArray[Any]
 Run = Callable[[str, Mapping[str, Array]], dict[str, Array]]
@@ -33,7 +44,10 @@ Run = Callable[[str, Mapping[str, Array]], dict[str, Array]]
 
 GIVEN = "given."
 MOST_VALUES = 256
-ORDER = ("infer", "train", "prepare", "backward")
+LAST = ("infer", "guide")
+"""Graphs from which no other goes on."""
+
+ORDER = (*LAST, "train", "prepare", "backward")
 
 _LIMITS = replace(DEFAULT_LIMITS, max_tensors=8192, max_items=1 << 17)  # four for each tensor of a front
 
@@ -92,7 +106,7 @@ def replay(
     done = {}
     for graph in (name for name in ORDER if name in graphs):
         done[graph] = run(graph, known)
-        if graph != "infer":
+        if graph not in LAST:
             known |= done[graph]
     return done
 

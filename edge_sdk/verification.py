@@ -19,7 +19,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.interface import Interface
 from edge_sdk.sessions import open_session
-from edge_sdk.vectors import GIVEN, ORDER, Run, replay, thinned
+from edge_sdk.vectors import GIVEN, LAST, ORDER, Run, replay, thinned
 
 __all__ = ["TOLERANCE", "GraphCheck", "Verification", "runner", "verify"]
 
@@ -99,7 +99,7 @@ def verify(bundle: Bundle, *, runs: int = 50) -> Verification:
     checks = []
     for graph, outputs in done.items():
         error, output = _worst(graph, outputs, bundle.parity)
-        if graph != "infer":
+        if graph not in LAST:
             known |= outputs
         times = _times_ms(run, graph, known, runs)
         p95 = float(np.percentile(times, 95))

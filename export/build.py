@@ -29,6 +29,7 @@ from edge_sdk.version import __version__
 from export.costs import facts_of
 from export.errors import ExportError
 from export.graphs import GraphSet, build_graphs
+from export.offline_guide import guide_graph
 from export.options import BuildOptions, model_of, perturbation_of, profile_of
 from export.parity import check_parity
 from server_sdk.assembly import back_path
@@ -103,7 +104,7 @@ def build_bundle(
 
     Args:
         out: the bundle to write, for instance ``net.psgl``.
-        guide: from ``prepare_guide``; needed where the profile perturbs.
+        guide: from ``prepare_guide``; needed where the profile perturbs, and with ``offline_guide``.
         network: the whole network, trained: its front's weights and statistics go into the bundle, its back's beside
             it. None: initial weights from the seed, which a frozen front cannot do with. It is not changed.
         sign_key: signs the bundle.
@@ -145,6 +146,8 @@ def build_bundle(
         noise=wanted.noise > 0,
         frozen=wanted.frozen,
     )
+    if options.offline_guide and perturbation is None:
+        graphs = replace(graphs, guide=_offline(guide, options))
     facts = facts_of(graphs.by_name, graphs.tensors, perturbation.epsilon if perturbation else 0.0)
     worst = max(
         check_parity(
@@ -200,6 +203,12 @@ def build_bundle(
     except OSError as exc:
         raise ExportError(f"{beside} cannot be written: {exc.strerror or exc}") from exc
     return Built(out, beside, bundle_id, worst)
+
+
+def _offline(guide: nn.Module | None, options: BuildOptions) -> bytes:
+    if guide is None:
+        raise ExportError("a guide that decides without a server: give build_bundle one, from prepare_guide")
+    return guide_graph(guide, options.input_shape)
 
 
 def _settings(options: BuildOptions, profile: Profile) -> tuple[Profile, tuple[float, float] | None]:

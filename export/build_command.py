@@ -97,6 +97,12 @@ def add_build(commands: Any) -> None:
         help="of a weight in the bundle of a front that is trained here; 8 make it about a quarter as large (default "
         "%(default)s)",
     )
+    parser.add_argument(
+        "--offline-guide",
+        action=argparse.BooleanOptionalAction,
+        help="add a small classifier that decides on the device where the server cannot be asked (default: with a "
+        "front that is trained here; where the profile perturbs, its guide decides anyway)",
+    )
     parser.add_argument("--noise", type=float, help="standard deviation on the activations (default: the profile's)")
     parser.add_argument("--seed", type=int, default=0, help="of training and initial weights (default %(default)s)")
     parser.add_argument("--signal", action="store_true", help="the samples are signals (N, T) or (N, C, T), not images")
@@ -156,12 +162,12 @@ def build(arguments: argparse.Namespace) -> int:
         input_range=_input_range(arguments, dataset),
     )
     given = {name: value for name in _RECIPE if (value := getattr(arguments, name)) is not None}
-    frozen = profile_of(arguments.profile).frozen
+    frozen, perturbed = profile_of(arguments.profile).frozen, perturbation_of(options) is not None
+    options = replace(options, offline_guide=not perturbed and _decides_offline(arguments, input_shape, frozen))
     if not frozen and (given or arguments.flip):
         option = next(iter([*given, "flip"]))
         raise ConfigError(f"--{option} is for a front that is trained here; devices train the one of this profile")
-    perturbed = perturbation_of(options) is not None
-    if dataset is None and (frozen or perturbed):
+    if dataset is None and (frozen or perturbed or options.offline_guide):
         what = "trains its front" if frozen else "fits its guide"
         raise ConfigError(f"profile {arguments.profile} {what} on samples: give --data")
     if frozen and dataset is not None and len(dataset.test) < LEAST_HELD_OUT:
@@ -245,6 +251,15 @@ def _check(arguments: argparse.Namespace) -> None:
     given = arguments.input_range
     if given is not None and not (all(map(math.isfinite, given)) and given[0] < given[1]):
         raise ConfigError("--input-range is two numbers, the lower one first")
+
+
+def _decides_offline(arguments: argparse.Namespace, input_shape: tuple[int, ...], frozen: bool) -> bool:
+    """Whether a guide is to decide where there is no server: as told, else with a front that is trained here."""
+    from server_sdk.reference.guide import takes_grid
+
+    if arguments.offline_guide is None:
+        return frozen and (arguments.guide is not None or takes_grid(input_shape))
+    return bool(arguments.offline_guide)
 
 
 def _input_range(arguments: argparse.Namespace, dataset: Dataset | None) -> tuple[float, float] | None:

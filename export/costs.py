@@ -14,7 +14,7 @@ import onnx.numpy_helper
 import onnxruntime as ort
 
 from edge_sdk.interface import BATCH_AXIS, DTYPES, INNER, Cost, Extent, Interface, TensorType
-from edge_sdk.vectors import pack_vectors, record, replay
+from edge_sdk.vectors import LAST, pack_vectors, record, replay
 from edge_sdk.verification import runner
 from export.errors import ExportError
 from export.vectors import steady_replay
@@ -60,7 +60,7 @@ def facts_of(graphs: Mapping[str, bytes], initial: Mapping[str, npt.NDArray[Any]
     costs = {}
     for name, outputs in replay(tuple(graphs), runner(graphs, interfaces), initial, one).items():
         costs[name] = cost_of(graphs[name], known)
-        known |= outputs if name != "infer" else {}
+        known |= outputs if name not in LAST else {}
     return Facts(interfaces, costs, given, pack_vectors(record(given, done)))
 
 

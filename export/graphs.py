@@ -1,4 +1,4 @@
-"""The graphs of a bundle: inference, and a training step in three parts (which a frozen front does not have).
+"""The graphs of a front: inference, and a training step in three parts (which a frozen front does not have).
 
 All weights and statistics of the front travel as inputs (``p.*``, ``b.*``), the optimizer's state as ``s.*``;
 the guide is baked in. ``next.*`` outputs are the inputs of the following step; ``f.*`` and ``r.*`` are what the parts
@@ -55,16 +55,19 @@ class GraphSet:
             an input too, and is added to the activations.
         tensors: initial ``p.*``, ``b.*`` and, where there is a step, ``s.*`` in the graphs' order, float32.
         step: the graphs of a training step, or None of a frozen front.
+        guide: of a guide that only decides (``offline_guide``), or None.
     """
 
     infer: bytes
     tensors: dict[str, npt.NDArray[np.float32]]
     step: StepGraphs | None = None
+    guide: bytes | None = None
 
     @property
     def by_name(self) -> dict[str, bytes]:
         """Every graph by its name in a bundle."""
-        return {"infer": self.infer} | ({} if self.step is None else vars(self.step))
+        aside = {} if self.guide is None else {"guide": self.guide}
+        return {"infer": self.infer} | ({} if self.step is None else vars(self.step)) | aside
 
 
 def build_graphs(

@@ -51,6 +51,7 @@ class BuildOptions:
         span: lowest and highest value that the bits can say, rounded to float32; None where bits come without: those
             of each message.
         bound: of the activations before the noise; the front's last layer must hold it, 0 for no bound.
+        offline_guide: where nothing is perturbed, the bundle has a guide that decides where the server cannot be asked.
         perturb_towards: the class that the perturbation attacks in training: the guide's decision, as at
             test, or the true label, which the server then learns to read off the perturbation.
         input_range: sensor values that become 0 and 1, for samples that are signed integers.
@@ -78,6 +79,7 @@ class BuildOptions:
     bits: int | None = None
     span: tuple[float, float] | None = None
     bound: float | None = None
+    offline_guide: bool = False
     perturb_towards: Literal["guide", "label"] = "guide"
     input_range: tuple[float, float] | None = None
 

@@ -38,7 +38,7 @@ def check_parity(
 ) -> float:
     """Run every graph beside plain torch (autograd and torch.optim) on one random batch, or on what a bundle records.
 
-    Of a frozen front that is the inference alone.
+    Of a frozen front that is the inference alone, and a guide that only decides.
 
     Args:
         vectors: what is given to the graphs in place of a random batch, by the input's name.
@@ -81,6 +81,9 @@ def check_parity(
         return outputs, _compare(name, outputs, {**expected, "activations": activations})
 
     _, worst = forward("infer", graphs.infer, training=False)
+    if graphs.guide is not None and guide is not None:
+        with torch.no_grad():
+            worst = max(worst, _compare("guide", _run(graphs.guide, given), {"guide": guide(x)}))
     if graphs.step is None:
         return worst
     trained, error = forward("train", graphs.step.train, training=True)

@@ -26,7 +26,7 @@ class Prepared:
 
     Attributes:
         options: as they were given, with the noise that the network was trained for.
-        guide: or None where nothing is perturbed.
+        guide: or None where nothing is perturbed and no guide decides.
         network: trained, or with the weights that the options name; None for initial weights.
     """
 
@@ -46,7 +46,7 @@ def prepare(
 ) -> Prepared:
     """Fit the guide, train the network of the options' profile, or both.
 
-    A guide must never see what it perturbs.
+    A guide must never see what it perturbs; one that only decides sees all samples.
 
     Args:
         samples: what a frozen front is trained on, and what the guide is fitted on where it has no samples of its own.
@@ -62,8 +62,8 @@ def prepare(
     frozen = profile.frozen if options.frozen is None else options.frozen
     perturbation = perturbation_of(options)
     guide = None
-    if perturbation is not None:
-        if frozen and guide_samples is None:
+    if perturbation is not None or options.offline_guide:
+        if perturbation is not None and frozen and guide_samples is None:
             raise ExportError("a front that is trained here on what a guide perturbs: give that guide's own samples")
 
         def report(done: int, of: int, loss: float) -> None:

@@ -39,6 +39,7 @@ class TradeOff:
         bytes_per_sample: of the activations, without the envelope.
         bits_per_sample: the most that one send tells of a sample, or None.
         victims: number of samples attacked.
+        alone: accuracy of the device's guide, which decides where there is no server; None without one.
     """
 
     accuracy: float
@@ -48,13 +49,15 @@ class TradeOff:
     bytes_per_sample: int
     bits_per_sample: float | None
     victims: int
+    alone: float | None = None
 
     def __str__(self) -> str:
         beside = "" if self.undefended is None else f" ({self.undefended:.1%} without a defence)"
         bound = "no bound in bits" if self.bits_per_sample is None else f"at most {self.bits_per_sample:.0f} bits"
+        alone = "" if self.alone is None else f", {self.alone:.1%} by the device's guide where there is no server"
         return (
-            f"accuracy {self.accuracy:.1%}{beside}; a decoder shows {self.excess:+.3f} {self.measure} more than the "
-            f"decision alone tells; {self.bytes_per_sample} bytes a sample, {bound} (on held-out samples, "
+            f"accuracy {self.accuracy:.1%}{beside}{alone}; a decoder shows {self.excess:+.3f} {self.measure} more than "
+            f"the decision alone tells; {self.bytes_per_sample} bytes a sample, {bound} (on held-out samples, "
             f"{self.victims} of them attacked)"
         )
 
@@ -100,6 +103,7 @@ def weigh(
     shown = decoder.rebuild(Knowledge(x[theirs], known), seen, seed=seed)
     least, most = likeness(floor, x[mine]), likeness(shown, x[mine])
     images = least.ssim is not None and most.ssim is not None
+    said = trained.victim.alone(x)
     beside = None
     if undefended is not None:
         with torch.inference_mode():
@@ -114,4 +118,5 @@ def weigh(
         bytes_per_sample=payload_per_sample(manifest),
         bits_per_sample=trained.exposure.bits_per_sample,
         victims=len(mine),
+        alone=None if said is None else float((said.argmax(axis=1) == held_out.y).mean()),
     )

@@ -80,7 +80,7 @@ def _settled(network: nn.Sequential) -> nn.Sequential:
 
 
 class Bundles(dict[str, Built]):
-    """One bundle of each profile, made when it is asked for; a frozen front has random weights, settled."""
+    """One bundle of each profile, made when it is asked for; a frozen front is random and settled, with a guide."""
 
     def __init__(self, folder: Path, guide: Guide) -> None:
         self._folder, self._guide = folder, guide
@@ -93,7 +93,7 @@ class Bundles(dict[str, Built]):
             spec = model_of(options)
             if "hardened" in spec.factory:
                 spec = replace(spec, arguments={**spec.arguments, "widths": [4, 4, 6, 6]})
-            options, network = replace(options, model=spec), _settled(build(spec, 7))
+            options, network = replace(options, model=spec, offline_guide=True), _settled(build(spec, 7))
         build_bundle(path, options, self._guide, network=network)
         self[profile] = Built(path, load_bundle(path))
         return self[profile]

@@ -94,6 +94,23 @@ class Victim:
         """
         return np.concatenate([forward.activations for forward in self._forward(x, None, 0.0)])
 
+    def alone(self, x: npt.NDArray[np.generic]) -> Array | None:
+        """What the device's own guide says where there is no server.
+
+        Args:
+            x: as in ``send``.
+
+        Returns:
+            Logits, float32 (N, K), or None where the bundle has no guide.
+
+        Raises:
+            BatchError: samples that the bundle does not take.
+        """
+        if not self._bundle.manifest.decides_alone:
+            return None
+        said = [self._front.guide(forward) for forward in self._forward(x, None, None)]
+        return np.concatenate([logits for logits in said if logits is not None])
+
     def perturb(self, x: npt.NDArray[np.generic]) -> tuple[Array, Array]:
         """What the device makes of its inputs before the front.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from server_sdk.errors import ModelError
 from server_sdk.reference.perturbation import space_to_depth
 
-__all__ = ["Guide", "fit_guide"]
+__all__ = ["Guide", "fit_guide", "takes_grid"]
 
 _SMALLEST_EXTENT = 8
 
@@ -32,7 +32,7 @@ class Guide(nn.Module):
         super().__init__()
         if len(shape) not in (2, 3):
             raise ModelError(f"input shape {shape} is neither (channels, time) nor (channels, height, width)")
-        if any(extent % 2 or extent < _SMALLEST_EXTENT for extent in shape[1:]):
+        if not takes_grid(shape):
             raise ModelError(f"input grid {shape[1:]} needs even extents of at least {_SMALLEST_EXTENT}: pad the input")
         if classes < 2:
             raise ModelError(f"a guide needs at least 2 classes, not {classes}")
@@ -61,6 +61,11 @@ class Guide(nn.Module):
         hidden = self.pool(torch.relu(self.conv2(hidden)))
         logits: Tensor = self.head(hidden.flatten(1))
         return logits
+
+
+def takes_grid(shape: Sequence[int]) -> bool:
+    """Whether a ``Guide`` takes samples of this shape: even spatial extents of at least 8."""
+    return all(extent % 2 == 0 and extent >= _SMALLEST_EXTENT for extent in shape[1:])
 
 
 def fit_guide(

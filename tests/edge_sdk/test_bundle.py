@@ -49,25 +49,56 @@ def test_a_bundle_comes_back_as_it_was_written(built: dict[str, Any], tmp_path: 
     assert (tmp_path / "again.psgl").read_bytes() == built["paper"].path.read_bytes()
 
 
-def test_a_frozen_bundle_holds_the_inference_alone(built: dict[str, Any], tmp_path: Path) -> None:
+def test_a_frozen_bundle_holds_the_inference_and_a_guide_that_only_decides(
+    built: dict[str, Any], tmp_path: Path
+) -> None:
     made = built["hardened"]
-    assert set(made.bundle.graphs) == set(made.bundle.manifest.graphs) == {"infer"}
+    assert set(made.bundle.graphs) == set(made.bundle.manifest.graphs) == {"infer", "guide"}
+    assert made.bundle.manifest.decides_alone and not built["vanilla"].bundle.manifest.decides_alone
     assert made.bundle.manifest.packing == Packing(4, -3.0, 3.0)
     with zipfile.ZipFile(made.path) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if name != MANIFEST}
-    assert set(files) == {"infer.onnx", "initial.cbor", "parity.cbor"}
-    with pytest.raises(BundleError, match=r"holds no train\.onnx"):
+    assert set(files) == {"infer.onnx", "guide.onnx", "initial.cbor", "parity.cbor"}
+    with pytest.raises(BundleError, match=r"nothing of train\.onnx"):
         write_bundle(tmp_path / "x", made.bundle.manifest, {**files, "train.onnx": b"x"})
     with pytest.raises(BundleError, match=r"needs infer\.onnx"):
         write_bundle(tmp_path / "x", made.bundle.manifest, {"initial.cbor": files["initial.cbor"]})
     with pytest.raises(BundleError, match=r"needs train\.onnx"):
         write_bundle(tmp_path / "x", replace(made.bundle.manifest, frozen=False), files)
-    with pytest.raises(BundleError, match="of other graphs than backward, infer, prepare, train"):
+    with pytest.raises(BundleError, match="of other graphs than backward, guide, infer, prepare, train"):
         load_bundle(rewritten(made.path, tmp_path / "thawed", manifest(frozen=False)))
     step = pack_tensors({**made.bundle.initial, "s.step": np.zeros((), np.float32)})
     write_bundle(tmp_path / "stepping", made.bundle.manifest, {**files, "initial.cbor": step})
     with pytest.raises(BundleError, match=r"frozen front has an optimizer's 's\.step'"):
         load_bundle(tmp_path / "stepping")
+
+
+def _another_guide(which: str, **changes: Any) -> Rewrite:
+    def change(files: dict[str, bytes]) -> None:
+        document = json.loads(files[MANIFEST])
+        for side in ("inputs", "outputs"):
+            for tensor in document["interfaces"]["guide"][side]:
+                if tensor["name"] == which:
+                    tensor.update(changes)
+        files[MANIFEST] = json.dumps(document).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_another_guide("guide", shape=["N", 4]), "guide does not give one float32 logit for each class"),
+        (_another_guide("guide", dtype="int64"), "guide does not give one float32 logit for each class"),
+        (_another_guide("guide", name="logits"), "guide does not give one float32 logit for each class"),
+        (_another_guide("x", shape=["N", 1, 9, 9]), "x of guide is float32"),
+        (_another_guide("x", name="image"), "guide takes no x"),
+        (manifest(normalisation="sign"), "a guide that perturbs and another that only decides"),
+    ],
+)
+def test_a_guide_that_cannot_decide(change: Rewrite, words: str, built: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=words):
+        load_bundle(rewritten(built["hardened"].path, tmp_path / "x", change))
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def started(broker: MemoryBroker, built: Any) -> EdgeClient:
     return EdgeClient(built.bundle, MemoryTransport(broker, "d1"), device="d1", fleet="ward", resend_s=0.1)
 
 
-@pytest.mark.parametrize(("profile", "by"), [("paper", "guide"), ("vanilla", "none"), ("hardened", "none")])
+@pytest.mark.parametrize(("profile", "by"), [("paper", "guide"), ("vanilla", "none"), ("hardened", "guide")])
 def test_without_a_broker_the_guide_decides_or_nobody(profile: str, by: str, built: dict[str, Any]) -> None:
     broker = MemoryBroker()
     broker.stop()

@@ -37,13 +37,15 @@ def test_the_default_profile_is_trained_weighed_and_written(data: Path, tmp_path
     done = build("--data", data, "-o", tmp_path / "net.psgl", "--steps", 5, "--threads", 1)
     assert done.returncode == 0, done.stderr
     found = re.search(
-        r"trade-off: accuracy [\d.]+% \([\d.]+% without a defence\); a decoder shows [+-][\d.]+ SSIM more than the "
+        r"trade-off: accuracy [\d.]+% \([\d.]+% without a defence\), [\d.]+% by the device's guide where there is no "
+        r"server; a decoder shows [+-][\d.]+ SSIM more than the "
         r"decision alone tells; 16 bytes a sample, at most 16 bits",
         " ".join(done.stderr.split()),
     )
     assert found, done.stderr
     assert "trained weights of the back" in done.stdout and "graphs agree with torch" in done.stdout
     bundle = load_bundle(tmp_path / "net.psgl")
+    assert bundle.manifest.decides_alone
     assert bundle.id in done.stdout and (bundle.manifest.profile, bundle.manifest.frozen) == ("hardened", True)
     trainer_from(bundle, back_path(tmp_path / "net.psgl"), rounds=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.back.safetensors", "net.psgl", "patterns.npz"]

@@ -33,14 +33,16 @@ def test_a_frozen_bundle_is_weighed(built: dict[str, Any], samples: Draw) -> Non
     assert found.undefended == pytest.approx(1 / 3) and 0 <= found.accuracy <= 1
     assert found.bits_per_sample == pytest.approx(16.0)
     assert np.isfinite(found.excess)
-    assert f"accuracy {found.accuracy:.1%} (33.3% without a defence)" in str(found) and "16 bytes" in str(found)
+    assert found.alone is not None and found.alone > 0.9, "the fixture's guide was fitted on such samples"
+    words = f"accuracy {found.accuracy:.1%} (33.3% without a defence), {found.alone:.1%} by the device's guide where"
+    assert words in str(found) and "16 bytes" in str(found)
 
 
 def test_a_front_that_hides_nothing_shows_more(built: dict[str, Any], samples: Draw) -> None:
     plain = weigh(built["vanilla"].path, samples(120, 5), epochs=20)
     assert plain.excess > 0.05 and plain.bits_per_sample is None and plain.undefended is None
-    assert plain.bytes_per_sample == 2 * 32 * 4 * 4
-    assert "no bound in bits" in str(plain) and "without a defence" not in str(plain)
+    assert plain.bytes_per_sample == 2 * 32 * 4 * 4 and plain.alone is None
+    assert "no bound in bits" in str(plain) and "guide" not in str(plain) and "without a defence" not in str(plain)
 
 
 def test_too_few_samples_are_refused(built: dict[str, Any], samples: Draw) -> None:
