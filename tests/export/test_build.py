@@ -18,6 +18,7 @@ from edge_sdk.verification import verify
 from export.build import build_bundle, prepare_guide
 from export.errors import ExportError
 from export.graphs import Optimizer, build_graphs
+from export.offline_guide import guide_graph
 from export.options import BuildOptions, class_names, measured_range, model_of
 from export.parity import check_parity
 from server_sdk.assembly import back_path, trainer_from
@@ -271,6 +272,20 @@ def test_the_check_before_writing_finds_a_wrong_graph(wrong: str, guide: Guide) 
         return
     with pytest.raises(ExportError, match="differs from torch"):
         check_parity(graphs, input_shape=(1, 8, 8), downsample=2, **arguments)
+
+
+def test_the_check_before_writing_finds_a_wrong_guide_that_only_decides(guide: Guide) -> None:
+    front, _ = split(
+        build(ModelSpec(**{**SPEC, "arguments": {**SPEC["arguments"], "in_channels": 4}}, cut="relu2"), 0), "relu2"
+    )
+    optimizer = Optimizer("sgd", learning_rate=0.1)
+    made = build_graphs(front, None, input_shape=(1, 8, 8), perturbation=None, downsample=2, optimizer=optimizer)
+    graphs = replace(made, guide=guide_graph(guide, (1, 8, 8)))
+    assert check_parity(graphs, front, guide, (1, 8, 8), None, 2, optimizer) < 1e-3
+    with pytest.raises(ExportError, match="graph 'guide' differs from torch"):
+        check_parity(graphs, front, Guide((1, 8, 8), 3).eval(), (1, 8, 8), None, 2, optimizer)
+    with pytest.raises(ExportError, match="the guide does not take the input"):
+        guide_graph(guide, (2, 8, 8))
 
 
 def test_the_manifest_says_what_was_exported(built: dict[str, Any]) -> None:

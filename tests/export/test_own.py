@@ -17,6 +17,7 @@ from edge_sdk.bundle import load_bundle
 from edge_sdk.dataset import save_dataset
 from edge_sdk.errors import ConfigError, PsglError
 from edge_sdk.front import Front
+from edge_sdk.verification import verify
 from export.build import build_bundle
 from export.cli import main
 from export.errors import ExportError
@@ -85,6 +86,33 @@ def test_three_lines_make_a_bundle_that_perturbs_and_computes_what_the_model_doe
     assert torch.allclose(torch.softmax(attacked, dim=1), wanted, atol=1e-4)
     twin = Twin(Victim(bundle, front.initial_state()), front.initial_state(), allow_models=(NET,))
     assert np.allclose(twin.send(torch.from_numpy(x)).detach().numpy(), sent.activations, atol=1e-3)
+
+
+def test_a_guide_of_ones_own_decides_where_nothing_perturbs(samples: Draw, tmp_path: Path) -> None:
+    options = own_options(NET, "layer2", SHAPE, class_names(3), profile="vanilla", guide=GUIDE)
+    options = replace(options, offline_guide=True)
+    made = prepare(samples(60, 1), options, guide_epochs=2)
+    assert made.guide is not None
+    with pytest.raises(ExportError, match="a guide that decides without a server: give build_bundle one"):
+        build_bundle(tmp_path / "net.psgl", options, None)
+    bundle = load_bundle(build_bundle(tmp_path / "net.psgl", made.options, made.guide).bundle)
+    assert set(bundle.graphs) == {"infer", "guide", "train", "prepare", "backward"}
+    assert verify(bundle, runs=1).passed and bundle.manifest.costs["guide"].macs > 0
+    front = Front(bundle)
+    x = as_batch(samples(5, 3).x, SHAPE, max_batch=5)
+    said = front.guide(front.forward(front.initial_state(), x, None, training=False))
+    with torch.no_grad():
+        assert said is not None and np.allclose(said, made.guide(torch.from_numpy(x)).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", ["stem", "layer1", "layer2", "layer3", "pool"])
+def test_the_example_can_be_cut_behind_each_stage(cut: str, tmp_path: Path) -> None:
+    arguments = {"channels": 3, "classes": 2, "width": 2}
+    options = own_options(
+        "examples.own_model.residual:Residual", cut, (3, 12, 12), class_names(2), profile="vanilla", arguments=arguments
+    )
+    built = build_bundle(tmp_path / "net.psgl", options, None)
+    assert built.worst_error < 1e-4 and load_bundle(built.bundle).manifest.cut_shape[0] in (2, 4, 8)
 
 
 def test_a_hardened_bundle_of_ones_own_network(samples: Draw, tmp_path: Path) -> None:
