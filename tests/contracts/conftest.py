@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import shutil
@@ -66,7 +67,7 @@ class Relay:
                 sink.shutdown(socket.SHUT_WR)
 
 
-class Backend:
+class Backend(abc.ABC):
     """A broker and the clients of one test.
 
     Attributes:
@@ -85,37 +86,38 @@ class Backend:
     def __init__(self) -> None:
         self.clients: list[Client] = []
 
-    def make(self, client_id: str, *, relayed: bool = False, **limits: Any) -> Client:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def make(self, client_id: str, *, relayed: bool = False, **limits: Any) -> Client: ...
 
-    def stop(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def stop(self) -> None: ...
 
+    @abc.abstractmethod
     def start(self) -> None:
         """Bring the broker back with an empty memory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def forbid(self, *patterns: str) -> None:
         """Restart the broker so that nobody may subscribe to these patterns or publish on what they match.
 
         What is not forbidden begins with ``ok/``.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def limit(self, max_packet_bytes: int) -> None:
         """Restart the broker so that it ends the connection of a client that sends more; before clients exist."""
 
+    @abc.abstractmethod
     def cut(self, client: Client) -> None:
         """Break one connection."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def part(self, client: Client) -> None:
         """Keep a relayed client from the broker."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def join(self, client: Client) -> None:
         """Let it connect again."""
-        raise NotImplementedError
 
     def settle(self, client: Client) -> None:
         """Wait until the broker has read what the client sent it."""
@@ -181,6 +183,9 @@ class Memory(Backend):
     def settle(self, client: Client) -> None:
         """Everything arrives at once."""
 
+    def limit(self, max_packet_bytes: int) -> None:
+        """There is no packet here."""
+
     def cut(self, client: Client) -> None:
         self.broker.drop(client._client_id)
 
@@ -245,6 +250,9 @@ class Amqtt(Real):
 
     def __init__(self) -> None:
         super().__init__(EmbeddedBroker("amqtt", plugins=AMQTT_USERS), "3.1.1", user="ward")
+
+    def limit(self, max_packet_bytes: int) -> None:
+        """It has no such limit."""
 
     def forbid(self, *patterns: str) -> None:
         if not patterns:
