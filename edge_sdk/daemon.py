@@ -114,7 +114,8 @@ def check(arguments: argparse.Namespace) -> int:
     connection = connection_from(arguments)
     budget_of(arguments)
     state = arguments.state or Path("runs/devices")
-    for path in (state, *(Path(each) for each in (arguments.decisions,) if each not in (None, "-"))):
+    stores = [arguments.store] if arguments.update else []
+    for path in (state, *stores, *(Path(each) for each in (arguments.decisions,) if each not in (None, "-"))):
         _check_writable(path)
     mode = _mode(arguments)
     if mode != "train":

@@ -138,6 +138,7 @@ class Exchange:
         self._interrupted = threading.Event()
         self._joined = False
         self._next: Plan | None = None  # the announcement that ended the run
+        self._left: Plan | None = None  # the one that was left
         self.plan: Plan | None = None
         self.traffic = Traffic()
 
@@ -175,7 +176,7 @@ class Exchange:
         Raises:
             TransportError: the broker refuses a subscription.
         """
-        self._transport, self.plan, self._next, self._joined = transport, None, None, False
+        self._transport, self.plan, self._next, self._left, self._joined = transport, None, None, None, False
         self._generation, self._refused = -1, transport.refused_messages
         self._assembler = Assembler(self._limits)
         self._waiting.clear()
@@ -186,11 +187,12 @@ class Exchange:
 
     def leave(self) -> None:
         """Forget the server's announcement: the next one is waited for, or taken where it has come, of whatever run."""
-        self.plan, self._next, self._joined = self._next, None, False
+        self._left, self.plan, self._next, self._joined = self.plan, self._next, None, False
 
     def change_bundle(self, bundle: str) -> None:
-        """From now on this device has another bundle: tell the fleet, and join the server that trains it anew."""
+        """From now on this device has another bundle: tell the fleet, and see whether it can join now."""
         self._bundle, self._joined = bundle, False
+        self.plan = self.plan or self._left
         self.note()
 
     @property
