@@ -94,7 +94,9 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--connect-every-s", type=float, metavar="S", help="gather windows for so long, connect, ask, disconnect"
     )
-    budget.add_argument("--max-bytes-per-hour", type=int, metavar="BYTES", help="of steps and questions sent")
+    budget.add_argument(
+        "--max-bytes-per-hour", type=int, metavar="BYTES", help="of steps and questions sent, and of bundles fetched"
+    )
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),

@@ -204,6 +204,13 @@ def test_tensors_are_checked(name: str, array: Any, reason: str) -> None:
     assert refusal(message("train", tensors={**VALID["train"][1], name: array})) == reason
 
 
+def test_a_part_is_bytes() -> None:
+    data = np.arange(4, dtype=np.uint8)
+    for array, reason in ((data.astype(np.int64), "dtype"), (data[None], "shape"), (data[:0], "shape")):
+        assert refusal(message("part", tensors={"part": array})) == reason
+    assert refusal(message("part", tensors={"part": data}), Limits(max_elements=3)) == "limit"
+
+
 def test_tensors_are_bounded() -> None:
     assert refusal(message("train"), Limits(max_elements=ACTIVATIONS.size - 1)) == "limit"
     assert refusal(message("train"), Limits(max_dims=3)) == "limit"

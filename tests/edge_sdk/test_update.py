@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from edge_sdk import topics
 from edge_sdk.budget import Budget
 from edge_sdk.bundle import MANIFEST, Bundle, load_bundle, write_bundle
 from edge_sdk.bundle_store import BundleStore
+from edge_sdk.cli import run_parser
 from edge_sdk.client import EdgeClient
 from edge_sdk.errors import ConfigError, RefusedError, StateError, TransportError
 from edge_sdk.front import Front, FrontState
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
+from edge_sdk.run_options import open_state, read_bundle
 from edge_sdk.signing import PublicKey, SigningKey, generate
 from edge_sdk.state import DEVICE, MemoryState, OutboxStep
 from edge_sdk.update import PART_BYTES, Updates
@@ -287,6 +290,31 @@ def test_a_decision_never_waits_for_a_fetch(made: dict[str, Made], store: Bundle
             client.wake(5)
             assert [client.infer(X).by for _ in range(5)] == ["guide"] * 5
             assert client.updating
+
+
+def test_a_device_that_stopped_between_the_stores_change_and_the_states_goes_on(
+    made: dict[str, Made], store: BundleStore, tmp_path: Path
+) -> None:
+    line = ["--store", str(store.folder), "--device", "d1", "--state", str(tmp_path / "d1.sqlite")]
+    arguments, notes = run_parser().parse_args(line), list[str]()
+
+    def start() -> tuple[str, str]:
+        bundle = read_bundle(arguments)
+        with closing(open_state(arguments, bundle, on_note=notes.append)) as state:
+            state.begin_run(f"run of {bundle.id}", state.front)
+            return bundle.id, state.session
+
+    first = start()
+    store.install(made["b"].path)
+    second = start()
+    store.rollback()
+    third = start()
+    assert [first[0], second[0], third[0]] == [made[name].bundle.id for name in "aba"]
+    assert first[1] == second[1] == third[1] and len(notes) == 2
+    store.install(made["b"].path)
+    store.install(made["other"].path)
+    with pytest.raises(StateError, match="belongs to bundle"):
+        start()
 
 
 def test_following_needs_a_key(store: BundleStore) -> None:
