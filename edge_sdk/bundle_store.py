@@ -102,10 +102,10 @@ class BundleStore:
             bundle = load_bundle(fresh, public_key=public_key)
             found = verify(bundle, runs=1)
             if not found.passed:
-                failed = ", ".join(check.graph for check in found.checks if not check.passed)
-                name = source if isinstance(source, str | Path) else f"bundle {bundle.id}"
+                failed = ", ".join(each.graph for each in found.checks if not each.passed)
+                what = source if isinstance(source, str | Path) else f"bundle {bundle.id}"
                 raise BundleError(
-                    f"{name} does not compute on this machine what was recorded at export (graph {failed}): "
+                    f"{what} does not compute on this machine what was recorded at export (graph {failed}): "
                     "psgl-edge verify says by how much; upgrade onnxruntime or export the bundle again"
                 )
             check(bundle)

@@ -159,7 +159,11 @@ def _train(client: EdgeClient, dataset: Dataset, arguments: argparse.Namespace) 
             return
         except TransportError as exc:
             warn("unreachable", why=str(exc))
-        client.status.enter(Condition.OFFLINE)
+            client.status.enter(Condition.OFFLINE)
+        except RefusedError as exc:
+            if exc.reason != "bundle" or not arguments.update:
+                raise
+            warn("refusal", why=str(exc))  # a server with a bundle that this device can follow is waited for
         client.hang_up()
         client.pause(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

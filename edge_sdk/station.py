@@ -93,7 +93,7 @@ class Station:
             mine, other = getattr(self.manifest, name), getattr(bundle.manifest, name)
             if mine != other:
                 raise BundleError(
-                    f"bundle {bundle.id} has {name} {_short(other)}, the one that runs {_short(mine)}: "
+                    f"bundle {bundle.id} has {name} {str(other)[:60]}, the one that runs {str(mine)[:60]}: "
                     "start the device anew with a configuration for it"
                 )
         return Loaded(bundle, Front(bundle, threads=self.threads, noise_key=self.state.noise_key))
@@ -135,8 +135,3 @@ class Station:
             codec: str | Packing = self.manifest.packing or self.codec
             return tuple(encode(message, codec=codec, chunk_bytes=self.chunk_bytes))
         return tuple(encode(message, chunk_bytes=self.chunk_bytes))
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

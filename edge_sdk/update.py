@@ -228,7 +228,8 @@ class Updater:
         if total > self._updates.max_bytes:
             raise BundleError(f"it has {total} bytes, this device takes {self._updates.max_bytes:.0f}: see --update-mb")
         expected = (fetch.goal[0], first, fetch.total or total)
-        if (message.fields["bundle"], message.fields["first"], total) != expected or len(part) > total - first:
+        stated = (message.fields["bundle"], message.fields["first"], total)
+        if stated != expected or len(part) > min(PART_BYTES, total - first):
             raise BundleError("the server's parts contradict each other: compare the versions of psgl")
         self._station.exchange.pay(len(part))
         try:

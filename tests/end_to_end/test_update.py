@@ -64,7 +64,7 @@ class Sensor:
         self.sent = 0
         self._path = folder / "sensor"
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._write)
+        self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -180,6 +180,10 @@ def test_training_goes_on_with_the_bundle_of_the_next_server(ward: Any, made: di
     server.wait("round", round=3)
     server.send(signal.SIGTERM)
     assert server.end() == 130, server.errors
+    server = ward.server(ROUNDS, profile="c", out="unsigned")
+    at = heard(device, "update-refused", bundle=made["c"].id)
+    server.send(signal.SIGTERM)
+    assert server.end() == 130, server.errors
     server = ward.server(ROUNDS, "--public-key", ward.folder / "key.pub.pem", profile="b", out="second")
     assert device.end() == 0, device.errors
     assert server.end() == 0, server.errors
@@ -187,8 +191,8 @@ def test_training_goes_on_with_the_bundle_of_the_next_server(ward: Any, made: di
     assert len(second) == len(set(second)) == ROUNDS == ward.report("d1")["steps"]
     assert {session for _, session, _ in first} == {session for _, session, _ in second}
     assert max(step for *_, step in first) < min(step for *_, step in second), "no number is drawn twice"
-    events = [line["event"] for line in logged(device)]
-    assert events.count("switched") == 1
+    heard(device, "switched", at, bundle=made["b"].id)
+    assert [line["event"] for line in logged(device)].count("switched") == 1
 
 
 @pytest.mark.timeout(180)
