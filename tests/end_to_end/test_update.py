@@ -161,7 +161,8 @@ def test_a_stream_stays_with_its_bundle_when_another_is_not_signed(
     heard(device, "decided", at, state="guide")
     listener = ward.listener(lambda fleet: f"psgl/v1/{fleet}/up/d1/state")
     state = listener.until(lambda message: bool(message.fields.get("update")))
-    assert "is not signed" in state.fields["update"] and state.fields["manifest"] == made["a"].id
+    assert "is not signed" in server.wait("device", update=state.fields["update"])["update"]
+    assert state.fields["manifest"] == made["a"].id
     sensor.stop()
     assert device.end() == 0, device.errors
     each_window_once(ward, sensor)
