@@ -24,11 +24,12 @@ from edge_sdk.front import Front, FrontState
 from edge_sdk.memory_transport import MemoryBroker, MemoryTransport
 from edge_sdk.run_options import open_state, read_bundle
 from edge_sdk.signing import PublicKey, SigningKey, generate
+from edge_sdk.sources import array_windows
 from edge_sdk.state import DEVICE, MemoryState, OutboxStep
 from edge_sdk.update import PART_BYTES, Updates
 from edge_sdk.wire import Message, encode
 from tests.edge_sdk.test_client import decision_for, scripted_server
-from tests.edge_sdk.test_streaming import until
+from tests.edge_sdk.test_streaming import Sensor, until
 
 X = np.random.default_rng(1).random((2, 1, 8, 8), np.float32)
 Answer = Callable[[Message, int], list[Message]]
@@ -290,6 +291,33 @@ def test_a_decision_never_waits_for_a_fetch(made: dict[str, Made], store: Bundle
             client.wake(5)
             assert [client.infer(X).by for _ in range(5)] == ["guide"] * 5
             assert client.updating
+
+
+def test_a_device_that_connects_now_and_then_stays_until_the_bundle_is_here(
+    made: dict[str, Made], store: BundleStore, folder: Path
+) -> None:
+    broker, new, opened = MemoryBroker(), made["b"], []
+    updates = Updates(store, PublicKey(folder / "key.pub.pem"), follow=True)
+
+    def transport() -> MemoryTransport:
+        opened.append(MemoryTransport(broker, "d1"))
+        return opened[-1]
+
+    sensor = Sensor()
+    sensor.send(*array_windows(X[:1]))
+    with scripted_server(broker, new.bundle.id, handing_out(new.data)):
+        client = EdgeClient(
+            made["a"].bundle,
+            transport,
+            device="d1",
+            fleet="ward",
+            updates=updates,
+            budget=Budget(connect_every_s=0.1),
+            on_turn=lambda: sensor.end() if client.bundle.id == new.bundle.id else None,
+        )
+        with client:
+            decisions = list(client.stream(sensor))
+    assert [each.by for each in decisions] == ["guide"] and len(opened) == 1
 
 
 def test_a_device_that_stopped_between_the_stores_change_and_the_states_goes_on(

@@ -242,3 +242,5 @@ def test_options_that_contradict_each_other_are_one_line(ward: Any, made: dict[s
     assert "holds no bundle: psgl-edge install" in line(plain, "--store", ward.folder / "other")
     signed = ward._start("server_sdk.cli", *ward.train(1, "--public-key", ward.folder / "key.pub.pem", profile="c"))
     assert "is not signed" in signed.one_line()
+    audit = ["audit", made["c"].path, "--data", ward.folder / "data.npz", "--public-key", ward.folder / "key.pub.pem"]
+    assert "is not signed" in ward._start("server_sdk.cli", *audit).one_line()
