@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 from edge_sdk.errors import RefusedError, TransportError
 from edge_sdk.logs import log, warn
 from edge_sdk.plan import Plan
@@ -32,7 +30,7 @@ class Presence:
         self._station = station
         self._exchange = station.exchange
         self._updater = updater
-        self._reload = threading.Event()
+        self._asked_to_reload = False  # no Event: a signal handler that comes while its lock is held would hang
         self._uplink: Uplink | None = None
 
     def start(self, wait_s: float) -> Plan:
@@ -111,7 +109,7 @@ class Presence:
 
     def reload(self) -> None:
         """Have ``refresh`` look at the store; from any thread or a signal handler."""
-        self._reload.set()
+        self._asked_to_reload = True
 
     def refresh(self) -> None:
         """Between two steps: run the store's current bundle, after ``reload``.
@@ -119,9 +117,9 @@ class Presence:
         Raises:
             StateError: the disk refuses.
         """
-        if not self._reload.is_set():
+        if not self._asked_to_reload:
             return
-        self._reload.clear()
+        self._asked_to_reload = False
         if self._updater is None:
             log("reload", why="this device has no store: there is nothing to reload")
         else:
