@@ -24,9 +24,10 @@ class Budget:
     Attributes:
         connect_every_s: a stream gathers windows for so long, connects, has them decided and disconnects; it connects
             earlier when its backlog is full. None: it stays connected. Training stays connected.
-        max_bytes_per_hour: of steps and questions, repeats included (what MQTT, TLS and TCP add, and the state messages
-            of some hundred bytes, are not counted). In no hour are more sent, but for a message larger than a sixth of
-            it: that waits until a whole sixth may be sent, and is paid for afterwards. None: no limit.
+        max_bytes_per_hour: of steps and questions, repeats included, and of the parts of a bundle that is fetched, once
+            they have come (what MQTT, TLS and TCP add, and the state messages of some hundred bytes, are not counted).
+            In no hour are more sent, but for a message larger than a sixth of it: that waits until a whole sixth may be
+            sent, and is paid for afterwards. None: no limit.
 
     Raises:
         ConfigError: a value that is not positive.

@@ -81,8 +81,7 @@ def run_bundle_command(arguments: argparse.Namespace) -> int:
         installed = store.install(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
         print(f"{store.current}: bundle {installed.id}")
     else:
-        store.rollback()
-        print(f"{store.current}: bundle {load_bundle(store.current).id}")
+        print(f"{store.current}: bundle {store.rollback().id}")
     return 0
 
 

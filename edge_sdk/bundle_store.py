@@ -18,9 +18,10 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import IO
 
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.errors import BundleError, StateError
@@ -54,15 +55,39 @@ class BundleStore:
         current, previous = (self._linked(name) for name in ("current", "previous"))
         return current and current.removesuffix(".psgl"), previous and previous.removesuffix(".psgl")
 
-    def install(self, path: str | Path, *, public_key: PublicKey | None = None) -> Bundle:
+    @property
+    def folder(self) -> Path:
+        """The folder; it may not exist yet."""
+        return self._folder
+
+    def load(self, *, public_key: PublicKey | None = None) -> Bundle:
+        """Read the current bundle.
+
+        Raises:
+            BundleError: there is none, or it must not be used.
+        """
+        if self.names()[0] is None:
+            raise BundleError(
+                f"the store {self._folder} holds no bundle: psgl-edge install net.psgl --store {self._folder}"
+            )
+        return load_bundle(self.current, public_key=public_key)
+
+    def install(
+        self,
+        source: str | Path | IO[bytes],
+        *,
+        public_key: PublicKey | None = None,
+        check: Callable[[Bundle], None] = lambda bundle: None,
+    ) -> Bundle:
         """Verify a bundle and make it the current one; the current one becomes the previous one.
 
         The bundle is copied first and the copy is verified, so that what is checked is what will run: signature,
         hashes, and the parity vectors on this machine. To install the current one again changes nothing.
 
         Args:
-            path: the bundle.
+            source: the bundle: its path, or a file that is open for reading.
             public_key: of who signs bundles, or None: no signature is asked for.
+            check: called with the bundle before it is made current; whatever it raises leaves everything as it was.
 
         Returns:
             The bundle.
@@ -71,18 +96,19 @@ class BundleStore:
             BundleError: it must not be used, or does not compute here what was recorded; nothing has changed.
             StateError: the store cannot be written; nothing has changed.
         """
-        source = Path(path)
         with self._held():
             fresh = self._folder / f"bundle{_NEW}"
             _copy(source, fresh)
             bundle = load_bundle(fresh, public_key=public_key)
             found = verify(bundle, runs=1)
             if not found.passed:
-                failed = ", ".join(check.graph for check in found.checks if not check.passed)
+                failed = ", ".join(each.graph for each in found.checks if not each.passed)
+                what = source if isinstance(source, str | Path) else f"bundle {bundle.id}"
                 raise BundleError(
-                    f"{source} does not compute on this machine what was recorded at export (graph {failed}): "
+                    f"{what} does not compute on this machine what was recorded at export (graph {failed}): "
                     "psgl-edge verify says by how much; upgrade onnxruntime or export the bundle again"
                 )
+            check(bundle)
             name = f"{bundle.id}.psgl"
             fresh.replace(self._folder / name)
             _sync(self._folder)
@@ -93,22 +119,36 @@ class BundleStore:
             self._tidy()
         return bundle
 
-    def rollback(self) -> None:
+    def rollback(
+        self,
+        *,
+        public_key: PublicKey | None = None,
+        check: Callable[[Bundle], None] = lambda bundle: None,
+    ) -> Bundle:
         """Make the previous bundle current and the current one previous.
 
+        Args:
+            public_key, check: as for ``install``.
+
+        Returns:
+            The bundle that is current now.
+
         Raises:
-            BundleError: there is no previous bundle, or it is damaged; nothing has changed.
+            BundleError: there is no previous bundle, or it must not be used; nothing has changed.
             StateError: the store cannot be written; nothing has changed.
         """
         with self._held():
             current, previous = self._linked("current"), self._linked("previous")
             if current is None or previous is None:
                 raise BundleError(f"{self._folder} holds no bundle before the current one: install one instead")
-            if f"{load_bundle(self._folder / previous).id}.psgl" != previous:
+            bundle = load_bundle(self._folder / previous, public_key=public_key)
+            if f"{bundle.id}.psgl" != previous:
                 raise BundleError(f"{self._folder / previous} is another bundle than its name says: install it again")
+            check(bundle)
             self._switch(previous, current)
             self._make_entrance()
             self._tidy()
+        return bundle
 
     def _linked(self, name: str) -> str | None:
         """File name of the bundle that a link of the present set points at."""
@@ -173,17 +213,23 @@ class BundleStore:
             raise StateError(f"the store {self._folder} cannot be written: {exc.strerror or exc}") from exc
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: str | Path | IO[bytes], target: Path) -> None:
+    with _opened(source) as stream, target.open("wb") as copy:
+        shutil.copyfileobj(stream, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def _opened(source: str | Path | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    """The bundle's bytes; a file that was given open stays so."""
+    if not isinstance(source, str | Path):
+        return nullcontext(source)
     try:
-        stream = source.open("rb")
+        return Path(source).open("rb")
     except FileNotFoundError as exc:
         raise BundleError(f"there is no bundle at {source}: make one with psgl-export build") from exc
     except OSError as exc:
         raise BundleError(f"{source} cannot be read: {exc.strerror or exc}") from exc
-    with stream, target.open("wb") as copy:
-        shutil.copyfileobj(stream, copy)
-        copy.flush()
-        os.fsync(copy.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -21,7 +21,15 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
 from edge_sdk.results import write_results
-from edge_sdk.run_options import add_device_options, client_of, open_state, read_bundle, read_samples, take_part
+from edge_sdk.run_options import (
+    add_device_options,
+    add_update_options,
+    client_of,
+    open_state,
+    read_bundle,
+    read_samples,
+    take_part,
+)
 from edge_sdk.sqlite_state import SqliteState
 
 __all__ = ["main", "run_parser"]
@@ -32,6 +40,7 @@ _EXAMPLES = """\
   psgl-edge run net.psgl --data ward-1.npz --device ward-1 --state-key-file /etc/psgl/key     (state encrypted)
   psgl-edge run net.psgl --data ward-1.npz --device ward-1            (a broker on this machine, port 1883)
   psgl-edge run net.psgl --device ward-1 --mode infer --source /run/ecg --decisions - --hop 64      (a live sensor)
+  psgl-edge run --store /var/lib/psgl/bundles --update --public-key key.pub.pem --data ward-1.npz --device ward-1
   psgl-edge check /etc/psgl/device.toml                               (without connecting)
   psgl-edge run --config /etc/psgl/device.toml                        (a service: docs/device.md)
 """
@@ -75,6 +84,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("bundle", type=Path, nargs="?", help="bundle made by psgl-export build")
+    add_update_options(train)
     train.add_argument("--data", type=Path, help=".npz with x_train, y_train, x_test, y_test")
     train.add_argument("--device", help="name of this device in the fleet")
     train.add_argument("--seed", type=int, default=0, help="order of the batches (default %(default)s)")
@@ -170,9 +180,9 @@ def _configured(
 
 
 def _complete(arguments: argparse.Namespace) -> argparse.Namespace:
-    if arguments.bundle is None or arguments.device is None:
+    if (arguments.bundle is None and arguments.store is None) or arguments.device is None:
         raise ConfigError(
-            "a device needs a bundle and a name: give BUNDLE and --device, or bundle and device in --config"
+            "a device needs a bundle and a name: give BUNDLE or --store, and --device, or the same in --config"
         )
     return arguments
 

@@ -18,15 +18,16 @@ from edge_sdk.errors import ConfigError, RefusedError, TransportError
 from edge_sdk.exchange import Exchange
 from edge_sdk.figures import Figures
 from edge_sdk.front import Front, FrontState
-from edge_sdk.logs import log, warn
+from edge_sdk.logs import log
 from edge_sdk.plan import Plan
 from edge_sdk.presence import Presence
 from edge_sdk.state import MemoryState, State
-from edge_sdk.station import Station
+from edge_sdk.station import Loaded, Station
 from edge_sdk.status import Condition, Status
 from edge_sdk.steps import TrainStep
 from edge_sdk.streaming import WindowDecision, decide_windows
 from edge_sdk.transport import Connection, Transport
+from edge_sdk.update import Updater, Updates
 from edge_sdk.windows import Windowing
 
 __all__ = ["EdgeClient"]
@@ -55,6 +56,8 @@ class EdgeClient(Figures):
             (protocol P2), which sends unprotected activations: to measure only. Keep it over a restart.
         decision_s: how long ``infer`` and ``stream`` wait for the server's decision.
         budget: how much the device may use its radio.
+        updates: where other bundles come from while the client runs: between two steps it goes over to the one that its
+            server announces, or after ``reload`` to its store's current one; ``bundle`` is the one to begin with.
         on_turn: called in the client's thread at least once a second for as long as it works or waits.
 
     Attributes:
@@ -81,6 +84,7 @@ class EdgeClient(Figures):
         train_epsilon: float | None = None,
         decision_s: float = 10.0,
         budget: Budget | None = None,
+        updates: Updates | None = None,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         if not 0 < decision_s < float("inf"):
@@ -102,16 +106,17 @@ class EdgeClient(Figures):
             allowance=None if most is None else Allowance(most, kept),
             on_turn=on_turn,
         )
-        front = Front(bundle, threads=threads, noise_key=kept.noise_key)
-        packing = bundle.manifest.packing or codec
-        super().__init__(Station(bundle, kept, front, exchange, packing, chunk_bytes, train_epsilon))
+        loaded = Loaded(bundle, Front(bundle, threads=threads, noise_key=kept.noise_key))
+        super().__init__(Station(loaded, kept, exchange, codec, chunk_bytes, train_epsilon, threads))
         self._exchange, self._state = exchange, kept
-        self._presence = Presence(self._station, again=isinstance(transport, Connection) or callable(transport))
+        again = isinstance(transport, Connection) or callable(transport)
+        updater = None if updates is None else Updater(self._station, updates)
+        self._presence = Presence(self._station, again=again, updater=updater)
         self.status.listen(self._tell_condition)
 
     @property
     def bundle(self) -> Bundle:
-        """What export made."""
+        """The bundle that runs."""
         return self._station.bundle
 
     @property
@@ -171,7 +176,8 @@ class EdgeClient(Figures):
 
         Raises:
             TransportError: no broker, or no server within ``wait_s``.
-            RefusedError: the server trains another bundle, or another run than an unfinished one that the state holds.
+            RefusedError: the server trains another bundle, which this device does not follow, or another run than an
+                unfinished one that the state holds.
         """
         return self._presence.start(wait_s)
 
@@ -336,9 +342,9 @@ class EdgeClient(Figures):
         """
         started = time.monotonic()
         batch = self._station.batch(x)
+        why = self._presence.absence()  # which may change the bundle
         forward = self._station.front.forward(self._state.front, batch, None, training=False)
         try:
-            why = self._presence.absence()
             if not why:
                 asked = question(self._station, forward)
                 decision = decide(self._station, forward, asked, self._decision_s if within_s is None else within_s)
@@ -346,12 +352,8 @@ class EdgeClient(Figures):
                 return decision
         except Absence as exc:
             why = exc.why
-        except RefusedError as exc:
-            warn("refusal", why=exc.reason)
-            why = "no-server" if self._presence.leaves(exc) else "refused"
-        except TransportError as exc:
-            warn("unreachable", why=str(exc))
-            why = "offline"
+        except (RefusedError, TransportError) as exc:
+            why = self._presence.excuse(exc)
         decision = without_server(self._station, forward, why)
         log("decided", **self._record(started), samples=len(batch), state=decision.by, why=why)
         return decision
@@ -398,12 +400,23 @@ class EdgeClient(Figures):
         return self._stream(backlog, most)
 
     def turn(self) -> None:
-        """Whoever works beside the client calls this at least once a second.
+        """Whoever works beside the client calls this at least once a second, between two steps.
 
         Raises:
             KeyboardInterrupt: after ``interrupt``.
+            StateError: the disk refuses, after ``reload``.
         """
         self._exchange.turn()
+        self._presence.refresh()
+
+    def reload(self) -> None:
+        """Go over to the store's current bundle at the next ``turn``; from any thread or a signal handler."""
+        self._presence.reload()
+
+    @property
+    def updating(self) -> bool:
+        """Whether the client waits for a part of the bundle that the server announces."""
+        return self._presence.updating
 
     def look(self) -> None:
         """Take what the broker and the server have to say, without waiting; connects in the background."""

@@ -18,7 +18,7 @@ from edge_sdk.errors import ConfigError
 __all__ = ["KEYS", "load_config", "reference"]
 
 KEYS: Mapping[str, Mapping[str, str]] = {
-    "": {"bundle": "bundle", "device": "device", "fleet": "fleet", "mode": "mode", "public_key": "public_key"},
+    "": {name: name for name in ("bundle", "store", "update", "update_mb", "public_key", "device", "fleet", "mode")},
     "broker": {
         name: name
         for name in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def serve(arguments: argparse.Namespace) -> int:
     show(Condition.STARTING)
     try:
         bundle, dataset = _read(arguments)
-        with closing(open_state(arguments, bundle)) as state:
+        with closing(open_state(arguments, bundle, on_note=lambda text: warn("state", why=text))) as state:
             client = client_of(
                 arguments,
                 bundle,
@@ -73,6 +74,7 @@ def serve(arguments: argparse.Namespace) -> int:
             )
             client.status.listen(show)
             stop_on_signals(client.interrupt)
+            signal.signal(signal.SIGHUP, lambda *_: client.reload())
             notifier.send(READY="1")
             log("started", device=arguments.device, fleet=arguments.fleet, bundle=bundle.id, mode=_mode(arguments))
             try:
@@ -112,7 +114,8 @@ def check(arguments: argparse.Namespace) -> int:
     connection = connection_from(arguments)
     budget_of(arguments)
     state = arguments.state or Path("runs/devices")
-    for path in (state, *(Path(each) for each in (arguments.decisions,) if each not in (None, "-"))):
+    stores = [arguments.store] if arguments.update else []
+    for path in (state, *stores, *(Path(each) for each in (arguments.decisions,) if each not in (None, "-"))):
         _check_writable(path)
     mode = _mode(arguments)
     if mode != "train":
@@ -156,18 +159,26 @@ def _train(client: EdgeClient, dataset: Dataset, arguments: argparse.Namespace) 
             return
         except TransportError as exc:
             warn("unreachable", why=str(exc))
-        client.status.enter(Condition.OFFLINE)
+            client.status.enter(Condition.OFFLINE)
+        except RefusedError as exc:
+            if exc.reason != "bundle" or not arguments.update:
+                raise
+            warn("refusal", why=str(exc))  # a server with a bundle that this device can follow is waited for
         client.hang_up()
         client.pause(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _follow(client: EdgeClient, dataset: Dataset, arguments: argparse.Namespace) -> None:
+    run, bundle = client.plan.run, client.bundle
+
     def show(event: dict[str, Any]) -> None:
         if event["event"] == "evaluation":
             log("evaluated", round=event["round"], samples=event["samples"])
+        client.turn()
+        if client.bundle is not bundle:
+            raise TransportError("this device has another bundle now")  # the next start joins with it
 
-    run = client.plan.run
     try:
         take_part(client, dataset, arguments, show)
     except RefusedError as exc:

@@ -37,7 +37,7 @@ from edge_sdk.wire import (
 __all__ = ["Exchange", "Reply", "Traffic"]
 
 _NO_RUN = ""
-_REPLIES = ("gradient", "stored", "synchronised", "decision", "refused")
+_REPLIES = ("gradient", "stored", "synchronised", "decision", "part", "refused")
 _LONGEST_PAUSE = 8  # times the first one
 
 
@@ -46,7 +46,7 @@ class Reply:
     """The server's answer to a step.
 
     Attributes:
-        message: of kind ``gradient``, ``stored``, ``synchronised``, ``decision`` or ``refused``.
+        message: of kind ``gradient``, ``stored``, ``synchronised``, ``decision``, ``part`` or ``refused``.
         step: the number of the step.
         resent: how often the step was sent again.
     """
@@ -137,6 +137,8 @@ class Exchange:
         self._status: dict[str, Any] = {"status": "online"}
         self._interrupted = threading.Event()
         self._joined = False
+        self._next: Plan | None = None  # the announcement that ended the run
+        self._left: Plan | None = None  # the one that was left
         self.plan: Plan | None = None
         self.traffic = Traffic()
 
@@ -174,7 +176,7 @@ class Exchange:
         Raises:
             TransportError: the broker refuses a subscription.
         """
-        self._transport, self.plan, self._joined = transport, None, False
+        self._transport, self.plan, self._next, self._left, self._joined = transport, None, None, None, False
         self._generation, self._refused = -1, transport.refused_messages
         self._assembler = Assembler(self._limits)
         self._waiting.clear()
@@ -184,8 +186,14 @@ class Exchange:
         transport.subscribe(self._model_topic)
 
     def leave(self) -> None:
-        """Forget the server's announcement: the next one is waited for anew, of whatever run it is."""
-        self.plan, self._joined = None, False
+        """Forget the server's announcement: the next one is waited for, or taken where it has come, of whatever run."""
+        self._left, self.plan, self._next, self._joined = self.plan, self._next, None, False
+
+    def change_bundle(self, bundle: str) -> None:
+        """From now on this device has another bundle: tell the fleet, and see whether it can join now."""
+        self._bundle, self._joined = bundle, False
+        self.plan = self.plan or self._left
+        self.note()
 
     @property
     def is_open(self) -> bool:
@@ -279,9 +287,11 @@ class Exchange:
         self._send_due()
 
     def forget(self, steps: Iterable[int]) -> None:
-        """Send these steps no more: they gave way to newer ones."""
-        for step in steps:
+        """Send these steps no more, and keep no reply to them."""
+        gone = set(steps)
+        for step in gone:
             self._waiting.pop(step, None)
+        self._arrived = deque(reply for reply in self._arrived if reply.step not in gone)
 
     def reply(self, timeout_s: float) -> Reply | None:
         """The next reply to a step that was sent, or None when none came within ``timeout_s``.
@@ -304,6 +314,15 @@ class Exchange:
     def affords(self, frames: Sequence[bytes]) -> bool:
         """Whether these may be sent now, by the allowance."""
         return self._allowance is None or self._allowance.wait_s(sum(map(len, frames))) == 0
+
+    def pay(self, size: int) -> None:
+        """Take so many bytes that have come out of the allowance, where there is one.
+
+        Raises:
+            StateError: the disk refuses.
+        """
+        if self._allowance is not None:
+            self._allowance.spend(size)
 
     def ask(self, outbox: OutboxStep, meanwhile: Callable[[], None] = lambda: None) -> Reply:
         """Send a step until its reply comes; replies to other steps are kept for ``reply``.
@@ -332,18 +351,29 @@ class Exchange:
         deadline = time.monotonic() + timeout_s
         self.send(outbox)
         meanwhile()
+        try:
+            return self.reply_to(outbox.step, deadline - time.monotonic())
+        finally:
+            self.forget([outbox.step])
+
+    def reply_to(self, step: int, timeout_s: float) -> Reply | None:
+        """The reply to this step, or None when it did not come in time; replies to other steps are kept for ``reply``.
+
+        Raises:
+            RefusedError, TransportError: see ``ask``.
+        """
+        deadline = time.monotonic() + timeout_s
         others: list[Reply] = []
         try:
             while True:
                 reply = self.reply(max(min(1.0, deadline - time.monotonic()), 0.0))
-                if reply is not None and reply.step == outbox.step:
+                if reply is not None and reply.step == step:
                     return _unless_refused(reply)
                 if reply is not None:
                     others.append(reply)
                 elif time.monotonic() >= deadline:
                     return None
         finally:
-            self._waiting.pop(outbox.step, None)
             self._arrived.extendleft(reversed(others))
 
     def turn(self) -> None:
@@ -475,6 +505,7 @@ class Exchange:
         plan = plan_of(message)
         if self._joined and self.plan is not None:
             if plan.run != self.plan.run:
+                self._next = plan
                 raise RefusedError(
                     "run", f"the server trains run {plan.run} now, not {self.plan.run}: start this device again"
                 )

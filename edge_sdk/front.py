@@ -203,7 +203,9 @@ class Front:
         shape = self._bundle.manifest.cut_shape
         if not sigma or self._noise_key is None:
             return np.zeros((len(x), *shape), np.float32)
-        context = hashlib.blake2b(f"{state.version} {training} {epsilon!r}".encode(), digest_size=KEY_BYTES)
+        context = hashlib.blake2b(
+            f"{self._bundle.id} {state.version} {training} {epsilon!r}".encode(), digest_size=KEY_BYTES
+        )
         for name, tensor in sorted(state.tensors.items()):
             context.update(name.encode() + tensor.tobytes())
         if training:

@@ -36,6 +36,8 @@ FIELDS = {
     "bytes_received": int,
     "waiting": int,
     "code": int,
+    "fetched": int,
+    "total": int,
     "seconds": float,
 }
 """What a record may say, and as what."""

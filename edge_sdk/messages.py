@@ -26,7 +26,7 @@ class TensorRule:
     """What a tensor of a message must be.
 
     Attributes:
-        dtype: ``float32`` (finite) or ``int64`` (not negative).
+        dtype: ``float32`` (finite), ``int64`` (not negative) or ``uint8`` (bytes of a file).
         ndim: fewest and most dimensions.
         batched: its first dimension is N, the number of samples, which all such tensors of a message share.
         least: how many tensors of a name with ``*`` there must be.
@@ -63,6 +63,7 @@ _FEATURES = TensorRule("float32", (2, 6))
 _ACTIVATIONS = TensorRule("float32", (2, 6), packable=True)
 _CLASSES = TensorRule("int64", (1, 1))
 _FRONT = TensorRule("float32", (0, 6), batched=False, least=0)
+_BYTES = TensorRule("uint8", (1, 1), batched=False)
 
 KINDS: Mapping[str, Kind] = {
     "train": Kind("up", {"front": int}, {"samples": int}, {"activations": _ACTIVATIONS, "labels": _CLASSES}),
@@ -73,10 +74,19 @@ KINDS: Mapping[str, Kind] = {
     ),
     "front": Kind("up", {"front": int}, {"samples": int}, {"*": _FRONT}),
     "infer": Kind("up", {"front": int}, tensors={"activations": _ACTIVATIONS}),
+    "fetch": Kind("up", {"bundle": str, "first": int, "most": int}),
     "state": Kind(
         "up",
         {"status": str, "manifest": str},
-        {"versions": dict, "speaks": list, "round": int, "bytes_per_sample": float, "evaluation": dict, "clean": dict},
+        {
+            "versions": dict,
+            "speaks": list,
+            "update": str,
+            "round": int,
+            "bytes_per_sample": float,
+            "evaluation": dict,
+            "clean": dict,
+        },
     ),
     "gradient": Kind(
         "down",
@@ -91,6 +101,7 @@ KINDS: Mapping[str, Kind] = {
         optional={"front": int},
         tensors={"probabilities": TensorRule("float32", (2, 2)), "class.*": _CLASSES},
     ),
+    "part": Kind("down", {"bundle": str, "first": int, "total": int}, tensors={"part": _BYTES}),
     "refused": Kind("down", {"reason": str}, {"detail": str}),
     "missing": Kind("down", {"chunks": list}),
     "model": Kind(

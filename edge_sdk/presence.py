@@ -6,6 +6,7 @@ from edge_sdk.errors import RefusedError, TransportError
 from edge_sdk.logs import log, warn
 from edge_sdk.plan import Plan
 from edge_sdk.station import Station
+from edge_sdk.update import Updater
 from edge_sdk.uplink import Uplink
 
 __all__ = ["Presence"]
@@ -21,19 +22,24 @@ class Presence:
     Args:
         station: the device's parts.
         again: the exchange can make a transport anew, so that it may connect by itself and more than once.
+        updater: changes the bundle, where the device has a store.
     """
 
-    def __init__(self, station: Station, *, again: bool) -> None:
+    def __init__(self, station: Station, *, again: bool, updater: Updater | None = None) -> None:
         self.again = again
         self._station = station
         self._exchange = station.exchange
+        self._updater = updater
+        self._asked_to_reload = False  # no Event: a signal handler that comes while its lock is held would hang
         self._uplink: Uplink | None = None
 
     def start(self, wait_s: float) -> Plan:
-        """Connect and join. See ``EdgeClient.start``."""
+        """Connect and join, with the announced bundle where this device follows it. See ``EdgeClient.start``."""
         if not self._exchange.is_open:
             self._exchange.use(self._exchange.dial())
-        return self._join(wait_s)
+        while (plan := self._join(wait_s, part_s=1.0)) is None:
+            pass
+        return plan
 
     def stop(self) -> None:
         """Disconnect; never raises."""
@@ -52,45 +58,72 @@ class Presence:
             self.start(60.0)
 
     def absence(self) -> str:
-        """Why the server cannot be asked now, as a key of ``ABSENCES``; empty where it can. Waits for nothing.
+        """Why the server cannot be asked now, as a key of ``ABSENCES``; empty where it can. Waits for nothing."""
+        try:
+            return self._absence()
+        except (RefusedError, TransportError) as exc:
+            return self.excuse(exc)
 
-        Raises:
-            RefusedError: it trains another bundle, or another run than an unfinished one of this device.
-        """
+    def excuse(self, failure: RefusedError | TransportError) -> str:
+        """Log that the server could not be asked; why, as ``absence`` says it."""
+        if isinstance(failure, TransportError):
+            warn("unreachable", why=str(failure))
+            return "offline"
+        warn("refusal", why=failure.reason)
+        if failure.reason not in _ENDED:
+            return "refused"
+        self._exchange.leave()
+        return "no-server"
+
+    def look(self) -> None:
+        """Take what has come without waiting; connects in the background."""
+        self.absence()
+        try:
+            if self._exchange.connected:
+                self._exchange.listen(0.0)
+        except (RefusedError, TransportError) as exc:
+            self.excuse(exc)
+
+    def _absence(self) -> str:
         if not self._exchange.is_open:
             self.dial(0.0)
         if not self._exchange.connected:
             return "offline"
         if not self._exchange.joined:
             try:
-                self._join(0.0)
+                if self._join(0.0) is None:
+                    return "no-server"
             except TransportError:
                 return "no-server"
         return "no-server" if self._station.plan.status in _GONE else ""
-
-    def look(self) -> None:
-        """Take what has come without waiting; connects in the background."""
-        try:
-            self.absence()
-            if self._exchange.connected:
-                self._exchange.listen(0.0)
-        except RefusedError as exc:
-            warn("refusal", why=exc.reason)
-            self.leaves(exc)
-        except TransportError as exc:
-            warn("unreachable", why=str(exc))
 
     @property
     def failed(self) -> bool:
         """Whether the last attempt to connect in the background came to nothing."""
         return self._uplink is not None and self._uplink.failed
 
-    def leaves(self, refusal: RefusedError) -> bool:
-        """Whether after this refusal another announcement has to be waited for; then this one is forgotten."""
-        if refusal.reason not in _ENDED:
-            return False
-        self._exchange.leave()
-        return True
+    @property
+    def updating(self) -> bool:
+        """Whether a part of another bundle is waited for."""
+        return self._updater is not None and self._updater.under_way
+
+    def reload(self) -> None:
+        """Have ``refresh`` look at the store; from any thread or a signal handler."""
+        self._asked_to_reload = True
+
+    def refresh(self) -> None:
+        """Between two steps: run the store's current bundle, after ``reload``.
+
+        Raises:
+            StateError: the disk refuses.
+        """
+        if not self._asked_to_reload:
+            return
+        self._asked_to_reload = False
+        if self._updater is None:
+            log("reload", why="this device has no store: there is nothing to reload")
+        else:
+            self._updater.reload()
 
     def dial(self, wait_s: float) -> None:
         """Connect in the background; where that has come to something, take it."""
@@ -104,17 +137,24 @@ class Presence:
         try:
             self._exchange.use(transport)
             self._join(_FIRST_WORD_S)
-        except TransportError as exc:
-            warn("unreachable", why=str(exc))
-        except RefusedError as exc:
-            warn("refusal", why=exc.reason)
-            self.leaves(exc)
+        except (RefusedError, TransportError) as exc:
+            self.excuse(exc)
 
-    def _join(self, wait_s: float) -> Plan:
+    def _join(self, wait_s: float, *, part_s: float = 0.0) -> Plan | None:
+        """Join the announced run; None while its bundle is fetched, each time for as long as ``part_s``."""
         station = self._station
         trained, sent = station.count("trained"), station.count("sent")
         unfinished = "" if station.count("done") else station.state.run
-        plan = self._exchange.join(wait_s, unfinished)
+        try:
+            plan = self._exchange.join(wait_s, unfinished)
+        except RefusedError as exc:
+            if exc.reason != "bundle" or self._updater is None:
+                raise
+            if why := self._updater.advance(part_s):
+                raise RefusedError("bundle", f"{exc}; {why}") from exc
+            return None
+        if self._updater is not None:
+            self._updater.drop()
         log("joined", run=plan.run, state=plan.status)
         if station.state.run == plan.run:
             return plan

@@ -12,6 +12,7 @@ from typing import Any
 from edge_sdk.backlog import BacklogLimits
 from edge_sdk.budget import Budget
 from edge_sdk.bundle import Bundle, load_bundle
+from edge_sdk.bundle_store import BundleStore
 from edge_sdk.client import EdgeClient
 from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError, ConfigError
@@ -24,11 +25,13 @@ from edge_sdk.state import OutboxLimits, State
 from edge_sdk.topics import check_name
 from edge_sdk.training import follow
 from edge_sdk.transport import Connection, Transport
+from edge_sdk.update import Updates
 from edge_sdk.windows import Windowing
 
 __all__ = [
     "MODES",
     "add_device_options",
+    "add_update_options",
     "budget_of",
     "client_of",
     "limits_of",
@@ -37,6 +40,7 @@ __all__ = [
     "read_bundle",
     "read_samples",
     "take_part",
+    "updates_of",
     "windowing_of",
 ]
 
@@ -90,7 +94,9 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--connect-every-s", type=float, metavar="S", help="gather windows for so long, connect, ask, disconnect"
     )
-    budget.add_argument("--max-bytes-per-hour", type=int, metavar="BYTES", help="of steps and questions sent")
+    budget.add_argument(
+        "--max-bytes-per-hour", type=int, metavar="BYTES", help="of steps and questions sent, and of bundles fetched"
+    )
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
@@ -99,8 +105,48 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_state(arguments: argparse.Namespace, bundle: Bundle) -> SqliteState:
-    """The device's database."""
+def add_update_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a device whose bundle may change."""
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="run the current bundle of this store (psgl-edge install) in place of one by its path",
+    )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="fetch the bundle that the server announces, verify it and go on with it; needs --store and a public key",
+    )
+    parser.add_argument(
+        "--update-mb",
+        type=float,
+        default=64.0,
+        metavar="MB",
+        help="largest bundle that is fetched (default %(default)s)",
+    )
+
+
+def updates_of(arguments: argparse.Namespace) -> Updates | None:
+    """Where other bundles come from while the device runs; None without a store.
+
+    Raises:
+        ConfigError: the options contradict each other.
+    """
+    if arguments.store is None:
+        if arguments.update:
+            raise ConfigError("--update keeps bundles in a store: give --store, or store in --config")
+        return None
+    if arguments.bundle is not None:
+        raise ConfigError("give a bundle or --store, not both: psgl-edge install puts a bundle into a store")
+    key = public_key_from(arguments.public_key, os.environ)
+    return Updates(BundleStore(arguments.store), key, arguments.update, 1e6 * arguments.update_mb)
+
+
+def open_state(
+    arguments: argparse.Namespace, bundle: Bundle, *, on_note: Callable[[str], None] | None = None
+) -> SqliteState:
+    """The device's database; one of its store's other bundle goes over to this one."""
     fleet, device = check_name(arguments.fleet), check_name(arguments.device)
     path = arguments.state or Path("runs/devices") / f"{fleet}-{device}.sqlite"
     if arguments.fresh:
@@ -111,10 +157,11 @@ def open_state(arguments: argparse.Namespace, bundle: Bundle) -> SqliteState:
         bundle=bundle.id,
         fleet=fleet,
         device=device,
+        related=[] if arguments.store is None else [name for name in BundleStore(arguments.store).names() if name],
         limits=OutboxLimits(max_bytes=int(arguments.outbox_mb * 1e6), when_full=arguments.when_full),
         key=load_key(arguments.state_key_file, os.environ),
         synchronous=arguments.state_sync,
-        on_note=lambda text: print(f"note: {text}", file=sys.stderr, flush=True),
+        on_note=on_note or (lambda text: print(f"note: {text}", file=sys.stderr, flush=True)),
     )
 
 
@@ -125,7 +172,11 @@ def read_bundle(arguments: argparse.Namespace) -> Bundle:
         BundleError, ConfigError: it cannot be used, or not so.
     """
     check_name(arguments.fleet), check_name(arguments.device)
-    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
+    updates = updates_of(arguments)
+    if updates is None:
+        bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
+    else:
+        bundle = updates.store.load(public_key=updates.public_key)
     if not 1024 <= arguments.chunk_bytes <= 1 << 20:
         raise ConfigError("--chunk-bytes is 1024 to 1048576")
     if not 0 <= arguments.shift < min(bundle.manifest.input_shape[1:]) or arguments.seed < 0:
@@ -170,6 +221,7 @@ def client_of(
         chunk_bytes=arguments.chunk_bytes,
         give_up_s=arguments.give_up_s,
         train_epsilon=0.0 if arguments.train_unperturbed else None,
+        updates=updates_of(arguments),
         **further,
     )
 

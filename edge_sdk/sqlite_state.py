@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,11 +72,14 @@ class SqliteState:
         bundle: id of the bundle that the front belongs to.
         fleet: the device's fleet.
         device: the device's name.
+        related: ids of bundles whose state goes over to ``bundle`` when it is opened, as by ``change_bundle``: a device
+            may have stopped between its store's change and its state's.
         limits: of the outbox; not stored.
         key: 32 bytes that seal the outbox (see ``sealing.load_key``). Rows that stand there in plain are sealed now
             and the file is written anew, so that it holds no trace of them.
         synchronous: SQLite's setting: ``off``, ``normal`` or ``full``.
-        on_note: called with one sentence when a damaged or empty file gave way to a new state.
+        on_note: called with one sentence when a damaged or empty file gave way to a new state, or a state went over to
+            ``bundle``.
 
     Raises:
         StateError: another process uses the database; it belongs to another bundle, fleet or device, is of a newer
@@ -92,6 +95,7 @@ class SqliteState:
         bundle: str,
         fleet: str,
         device: str,
+        related: Collection[str] = (),
         limits: OutboxLimits | None = None,
         key: bytes | None = None,
         synchronous: Literal["off", "normal", "full"] = "normal",
@@ -101,7 +105,7 @@ class SqliteState:
             raise ConfigError(f"synchronous is {synchronous!r}: use {', '.join(_SYNCHRONOUS)}")
         self._limits = limits or OutboxLimits()
         self._sealer = None if key is None else Sealer(key)
-        self._session = ""
+        self._identity: dict[str, Any] = {}
         self._noise_key = b""
         self._front = front
         self._rows: dict[int, _Row] = {}
@@ -111,7 +115,7 @@ class SqliteState:
         owner = {"bundle": bundle, "fleet": fleet, "device": device}
         self._file = StateFile(Path(path))
         try:
-            self._open(owner, synchronous, on_note)
+            self._open(owner, related, synchronous, on_note)
         except BaseException:
             self.close()
             raise
@@ -124,7 +128,7 @@ class SqliteState:
     @property
     def session(self) -> str:
         """16 hexadecimal digits: one life of this database."""
-        return self._session
+        return str(self._identity["session"])
 
     @property
     def noise_key(self) -> bytes:
@@ -153,12 +157,22 @@ class SqliteState:
 
     def begin_run(self, run: str, front: FrontState) -> tuple[int, ...]:
         """Start over for a run, in one transaction. See ``State.begin_run``."""
+        return self._start_over(run, front)
+
+    def change_bundle(self, bundle: str, front: FrontState) -> tuple[int, ...]:
+        """Go over to another bundle, in one transaction. See ``State.change_bundle``."""
+        identity = {**self._identity, "bundle": bundle}
+        dropped = self._start_over("", front, self._record_of_identity(identity))
+        self._identity = identity
+        return dropped
+
+    def _start_over(self, run: str, front: FrontState, *further: Statement) -> tuple[int, ...]:
         dropped = tuple(self._rows)
         packed = _pack_front(front)
         kept = device_counters(self._progress.counters)
         progress = replace(self._progress, run=run, outbox_crc=0, counters=kept)
         progress = replace(progress, version=front.version, front_crc=zlib.crc32(packed))
-        self._file.commit(("DELETE FROM outbox", ()), record("front", packed), _record_of(progress))
+        self._file.commit(("DELETE FROM outbox", ()), record("front", packed), _record_of(progress), *further)
         self._progress, self._front = progress, front
         self._rows.clear()
         self._sizes.clear()
@@ -230,28 +244,36 @@ class SqliteState:
         """Write the log into the database and let another process have it; may be called again."""
         self._file.close()
 
-    def _open(self, owner: Mapping[str, str], synchronous: str, on_note: Callable[[str], None]) -> None:
-        path = self._file.path
+    def _open(
+        self, owner: Mapping[str, str], related: Collection[str], synchronous: str, on_note: Callable[[str], None]
+    ) -> None:
+        path, initial = self._file.path, self._front
         try:
             if self._file.open(synchronous):
                 with self._file.reading():
-                    self._load(owner)
+                    self._load(owner, related)
+                if (before := self._identity["bundle"]) != owner["bundle"]:
+                    self.change_bundle(owner["bundle"], initial)
+                    on_note(
+                        f"the state {path} was of bundle {before}: it goes on with {owner['bundle']} from its front"
+                    )
                 return
             if path.exists():
                 on_note(f"the state {path} was empty: a new one is begun")
         except DamagedError as exc:
             kept = self._file.set_aside()
             on_note(f"the state {path} was damaged ({exc}): it is kept as {kept}, a new one is begun")
-        session, packed = secrets.token_hex(8), _pack_front(self._front)
+        packed = _pack_front(self._front)
         progress = _Progress(version=self._front.version, front_crc=zlib.crc32(packed))
         self._noise_key = secrets.token_bytes(KEY_BYTES)
-        identity = self._record_of_identity({**owner, "session": session}, scrubbed=True)
-        self._file.create(synchronous, identity, record("front", packed), _record_of(progress))
-        self._session, self._progress = session, progress
+        identity = {**owner, "session": secrets.token_hex(8), "scrubbed": True}
+        written = self._record_of_identity(identity)
+        self._file.create(synchronous, written, record("front", packed), _record_of(progress))
+        self._identity, self._progress = identity, progress
 
-    def _load(self, owner: Mapping[str, str]) -> None:
+    def _load(self, owner: Mapping[str, str], related: Collection[str]) -> None:
         identity = self._file.get_map("identity")
-        self._check_owner(identity, owner)
+        self._check_owner(identity, owner, related)
         self._check_key(identity)
         session, sealed = identity["session"], bool(identity["key_check"])
         progress = _Progress(**self._file.get_map("progress"))
@@ -263,18 +285,20 @@ class SqliteState:
         if (zlib.crc32(packed), total) != (progress.front_crc, progress.outbox_crc):
             raise DamagedError("parts of different commits")
         self._noise_key = self._read_noise_key(session, identity["noise_key"], sealed=sealed)
-        self._session, self._front, self._progress, self._step = session, front, progress, progress.reserved
+        self._identity, self._front, self._progress, self._step = identity, front, progress, progress.reserved
         for row in rows:
             self._keep_row(row)
         if self._sealer is not None and not sealed:
-            self._seal_all(identity)
-        if self._sealer is not None and not (sealed and identity["scrubbed"]):
+            self._identity["scrubbed"] = False
+            self._seal_all()
+        if self._sealer is not None and not self._identity["scrubbed"]:
             self._file.rewrite()
-            self._file.commit(self._record_of_identity(identity, scrubbed=True))
+            self._identity["scrubbed"] = True
+            self._file.commit(self._record_of_identity(self._identity))
 
-    def _check_owner(self, identity: Mapping[str, Any], owner: Mapping[str, str]) -> None:
+    def _check_owner(self, identity: Mapping[str, Any], owner: Mapping[str, str], related: Collection[str]) -> None:
         for name, wanted in owner.items():
-            if identity[name] != wanted:
+            if identity[name] != wanted and not (name == "bundle" and identity[name] in related):
                 raise StateError(
                     f"the state {self._file.path} belongs to {name} {identity[name]!r}, not to {wanted!r}: "
                     "give another file, or start afresh with --fresh"
@@ -320,17 +344,17 @@ class SqliteState:
         for step in steps:
             del self._rows[step], self._sizes[step]
 
-    def _record_of_identity(self, identity: Mapping[str, Any], *, scrubbed: bool) -> Statement:
+    def _record_of_identity(self, identity: Mapping[str, Any]) -> Statement:
         check, noise_key = b"", self._noise_key
         if self._sealer is not None:
             check = self._sealer.seal(_KEY_CHECK, _about(identity["session"], "identity"))
             noise_key = self._sealer.seal(noise_key, _about(identity["session"], "noise"))
-        return record_map("identity", {**identity, "key_check": check, "noise_key": noise_key, "scrubbed": scrubbed})
+        return record_map("identity", {**identity, "key_check": check, "noise_key": noise_key})
 
     def _seal(self, step: int, payload: bytes) -> bytes:
-        return payload if self._sealer is None else self._sealer.seal(payload, _about(self._session, step))
+        return payload if self._sealer is None else self._sealer.seal(payload, _about(self.session, step))
 
-    def _seal_all(self, identity: Mapping[str, Any]) -> None:
+    def _seal_all(self) -> None:
         """Seal the rows that stand there in plain; what freed pages keep of them is left to ``rewrite``."""
         statements = []
         for number, row in self._rows.items():
@@ -340,8 +364,7 @@ class SqliteState:
             statements.append(("UPDATE outbox SET crc = ?, payload = ? WHERE position = ?", values))
             self._rows[number] = replace(row, crc=crc)
         self._progress = replace(self._progress, outbox_crc=sum(row.crc for row in self._rows.values()) % 2**32)
-        identity_record = self._record_of_identity(identity, scrubbed=False)
-        self._file.commit(*statements, identity_record, _record_of(self._progress))
+        self._file.commit(*statements, self._record_of_identity(self._identity), _record_of(self._progress))
 
 
 def forget(path: Path | str) -> None:

@@ -164,6 +164,17 @@ class State(Protocol):
             Numbers of the steps that were dropped from the outbox.
         """
 
+    def change_bundle(self, bundle: str, front: FrontState) -> tuple[int, ...]:
+        """Go over to another bundle: as ``begin_run`` of no run yet. Session, noise key and step numbers go on.
+
+        Args:
+            bundle: its id.
+            front: its initial one.
+
+        Returns:
+            Numbers of the steps that were dropped from the outbox: their activations mean nothing to the new back.
+        """
+
     def note(self, counters: Mapping[str, int]) -> None:
         """Set these counters, in a commit of their own."""
 
@@ -252,6 +263,10 @@ class MemoryState:
         self._outbox.clear()
         self._counters = device_counters(self._counters)
         return dropped
+
+    def change_bundle(self, bundle: str, front: FrontState) -> tuple[int, ...]:
+        """Go over to another bundle. See ``State.change_bundle``."""
+        return self.begin_run("", front)
 
     def note(self, counters: Mapping[str, int]) -> None:
         """Set these counters."""

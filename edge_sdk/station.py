@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from edge_sdk.batch import as_batch, as_labels
 from edge_sdk.bundle import Bundle, Manifest
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.exchange import Exchange
 from edge_sdk.front import Front
 from edge_sdk.packing import Packing
@@ -19,30 +19,53 @@ from edge_sdk.plan import Plan
 from edge_sdk.state import State
 from edge_sdk.wire import Message, encode
 
-__all__ = ["Station"]
+__all__ = ["Loaded", "Station"]
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A bundle that is ready to run.
+
+    Attributes:
+        bundle: what export made.
+        front: its graphs.
+    """
+
+    bundle: Bundle
+    front: Front
+
+
+@dataclass
 class Station:
     """The parts of one device, and what each of its stations needs of them.
 
     Attributes:
-        bundle: what export made.
+        loaded: the bundle that runs; ``switch`` alone replaces it.
         state: front, outbox and counters.
-        front: the bundle's graphs.
         exchange: the conversation with the server.
-        codec: of activations on the wire.
+        codec: of activations on the wire, unless the bundle packs them into few bits.
         chunk_bytes: largest payload of one MQTT message.
         train_epsilon: perturbation budget of training steps in place of the bundle's.
+        threads: threads of onnxruntime.
     """
 
-    bundle: Bundle
+    loaded: Loaded
     state: State
-    front: Front
     exchange: Exchange
-    codec: str | Packing
+    codec: str
     chunk_bytes: int
     train_epsilon: float | None
+    threads: int
+
+    @property
+    def bundle(self) -> Bundle:
+        """What export made."""
+        return self.loaded.bundle
+
+    @property
+    def front(self) -> Front:
+        """The bundle's graphs."""
+        return self.loaded.front
 
     @property
     def manifest(self) -> Manifest:
@@ -59,6 +82,31 @@ class Station:
         if self.exchange.plan is None:
             raise ConfigError("the client has no plan yet: call start() first")
         return self.exchange.plan
+
+    def replacement(self, bundle: Bundle) -> Loaded:
+        """Another bundle for this device, ready to run; nothing has changed yet.
+
+        Raises:
+            BundleError: this onnxruntime cannot run it, or it takes other inputs or decides between other classes.
+        """
+        for name in ("input_shape", "input_range", "classes"):
+            mine, other = getattr(self.manifest, name), getattr(bundle.manifest, name)
+            if mine != other:
+                raise BundleError(
+                    f"bundle {bundle.id} has {name} {str(other)[:60]}, the one that runs {str(mine)[:60]}: "
+                    "start the device anew with a configuration for it"
+                )
+        return Loaded(bundle, Front(bundle, threads=self.threads, noise_key=self.state.noise_key))
+
+    def switch(self, loaded: Loaded) -> None:
+        """From now on run this bundle, between two steps: the state goes over to it in one commit, then the rest.
+
+        Raises:
+            StateError: the disk refuses; nothing has changed.
+        """
+        self.exchange.forget(self.state.change_bundle(loaded.bundle.id, loaded.front.initial_state()))
+        self.loaded = loaded
+        self.exchange.change_bundle(loaded.bundle.id)
 
     def count(self, name: str) -> int:
         """A counter of the state, 0 where it is not set."""
@@ -84,5 +132,6 @@ class Station:
     def frames(self, message: Message, *, packed: bool = True) -> tuple[bytes, ...]:
         """Its bytes: activations as the device's codec says, a front's tensors as they are."""
         if packed:
-            return tuple(encode(message, codec=self.codec, chunk_bytes=self.chunk_bytes))
+            codec: str | Packing = self.manifest.packing or self.codec
+            return tuple(encode(message, codec=codec, chunk_bytes=self.chunk_bytes))
         return tuple(encode(message, chunk_bytes=self.chunk_bytes))

@@ -67,7 +67,7 @@ def decide_windows(client: EdgeClient, backlog: Backlog, *, most: int) -> Iterat
             client.hang_up()
             backlog.wait_full(min(left_s, _TURN_S))
             continue
-        windows = backlog.take(most)
+        windows = backlog.take(min(most, client.bundle.manifest.max_batch))
         _count_dropped(client, backlog)
         if windows:
             if every_s is not None:
@@ -76,7 +76,7 @@ def decide_windows(client: EdgeClient, backlog: Backlog, *, most: int) -> Iterat
         elif backlog.over:
             return
         else:
-            if every_s is not None:
+            if every_s is not None and not client.updating:
                 wake_s = time.monotonic() + every_s
             else:
                 client.look()

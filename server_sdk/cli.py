@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk.bundle import load_bundle
+from edge_sdk.bundle_commands import add_public_key
 from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, require, run, stop_on_signals
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
+from edge_sdk.signing import public_key_from
 from server_sdk.audit.command import add_allow_model, add_audit, audit
 from server_sdk.plan import TrainingPlan, fronts_for
 
@@ -41,6 +44,7 @@ _EXAMPLES = """\
       --user trainer --password-file pw
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first          (a broker on this machine, port 1883)
   psgl-server train net.psgl --devices 1 --rounds 100 --out runs/first --resume      (after a crash or Ctrl-C)
+  psgl-server train net.psgl --public-key key.pub.pem          (only if it is signed; devices with --update follow)
   psgl-server train own.psgl --allow-model my_module:MyNet        (a model of yours: psgl-export build my_module:MyNet)
   psgl-server log inspect runs/first
   psgl-server audit net.psgl --data x.npz
@@ -100,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="torch's threads; the same number gives the same weights (default %(default)s)",
     )
     add_allow_model(train)
+    add_public_key(train)
     train.add_argument(
         "--out",
         type=Path,
@@ -242,7 +247,7 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}")
     if arguments.resume and arguments.fresh:
         raise ConfigError("--resume and --fresh contradict each other: give one of them")
-    bundle = load_bundle(arguments.bundle)
+    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
     fronts = fronts_for(bundle.manifest, arguments.fronts)
     if fronts == "frozen" and arguments.durability != "log":
         raise ConfigError("--fronts frozen trains from the log: leave out --durability")
@@ -311,6 +316,7 @@ def _train(arguments: argparse.Namespace) -> int:
             idle_s=arguments.idle_s,
             screen=Screen(arguments.max_norm, arguments.when_large),
             rates=RateLimits(bytes_per_s=1e6 * arguments.max_mb_per_s),
+            bundle_file=arguments.bundle.read_bytes(),
             on_event=show,
         )
         stop_on_signals(service.stop)

@@ -28,7 +28,7 @@ from server_sdk.screening import Screen
 
 __all__ = ["Arrival", "Flood", "Gap", "Inbox", "Refusal"]
 
-_STEPS = ("train", "store", "front", "infer")
+_STEPS = ("train", "store", "front", "infer", "fetch")
 _DAMAGED = ("crc", "truncated", "header")  # on the way: the step is sent again
 _MAX_TOTAL = 1 << 32
 _MAX_STATE_BYTES = 64 << 10
@@ -41,7 +41,7 @@ class Arrival:
 
     Attributes:
         device: from the topic.
-        message: of kind ``train``, ``store``, ``front``, ``infer`` or ``state``.
+        message: of kind ``train``, ``store``, ``front``, ``infer``, ``fetch`` or ``state``.
         body: its bytes, as they came.
     """
 
@@ -216,6 +216,8 @@ class Inbox:
         """Reason and detail of why the run cannot take a step."""
         if message.run != self.run:
             return "run", f"this server trains run {self.run}: start the device again to join it"
+        if message.kind == "fetch":
+            return None
         if message.kind == "front":
             shapes = {name: tensor.shape for name, tensor in message.tensors.items()}
             if shapes and shapes != dict(self.front):

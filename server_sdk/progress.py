@@ -94,6 +94,8 @@ class RunDisplay:
                 self._note(f"round {event['round']} went on without {name}")
         elif kind == "device":
             self._devices.setdefault(event["device"], {}).update(status=event["status"], round=event["round"])
+            if "update" in event:
+                self._note(f"{event['device']}: {event['update']}")
         elif kind == "evaluation":
             self._evaluation = event
             if not self._console.is_terminal:

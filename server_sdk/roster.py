@@ -13,6 +13,8 @@ from server_sdk.streams import STREAMS
 
 __all__ = ["Roster", "summary"]
 
+_LONGEST_TEXT = 300  # characters
+
 
 def summary(reports: Sequence[Evaluation]) -> dict[str, Any]:
     """The counts of several devices as shares of all their samples."""
@@ -41,6 +43,7 @@ class _Device:
     round: int = 0
     member: bool = False
     bytes_per_sample: float = 0.0
+    update: str = ""
     reports: dict[str, Evaluation] = field(default_factory=dict)
 
 
@@ -60,7 +63,7 @@ class Roster:
         """Note a device's state message.
 
         Returns:
-            The event that an operator sees.
+            The event that an operator sees; ``update`` in it is news of why the device does not follow a bundle.
 
         Raises:
             WireError: reason ``devices``: one more than are listened to; ``schema``: a report that is no map of counts;
@@ -79,7 +82,9 @@ class Roster:
         device.round = int(fields.get("round", 0))
         device.bytes_per_sample = float(fields.get("bytes_per_sample", 0.0))
         device.reports = reports
-        return {"event": "device", "device": name, "status": device.status, "round": device.round}
+        event = {"event": "device", "device": name, "status": device.status, "round": device.round}
+        before, device.update = device.update, _for_a_terminal(str(fields.get("update", "")))
+        return event if device.update in ("", before) else event | {"update": device.update}
 
     def join(self, name: str) -> None:
         """A device takes part in the run."""
@@ -124,3 +129,8 @@ class Roster:
             if reports:
                 figures[kind] = summary(reports)
         return figures
+
+
+def _for_a_terminal(text: str) -> str:
+    """What a device wrote, without what could steer a terminal."""
+    return "".join(filter(str.isprintable, text))[:_LONGEST_TEXT]

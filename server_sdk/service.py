@@ -20,6 +20,7 @@ from edge_sdk.wire import VERSION, Message, encode
 from server_sdk.errors import CheckpointError, LogError, ServerError
 from server_sdk.inbox import Arrival, Flood, Gap, Inbox, Refusal
 from server_sdk.journal import Durability, Journal
+from server_sdk.parts import BundleParts, Unavailable
 from server_sdk.plan import TrainingPlan, fronts_for
 from server_sdk.quarantine import Quarantine
 from server_sdk.rates import RateLimits, Rates
@@ -50,6 +51,7 @@ class TrainingService:
         idle_s: give up when no device says anything for this long.
         screen: which activations are too large, and what becomes of them.
         rates: how much a device may send.
+        bundle_file: the bytes of the bundle's file, for devices that follow announced bundles; None: they get nothing.
         on_event: called with a plain dictionary for everything that an operator may want to see; ``at_s`` is when, on
             the machine's monotonic clock.
 
@@ -71,6 +73,7 @@ class TrainingService:
         idle_s: float = 600.0,
         screen: Screen | None = None,
         rates: RateLimits | None = None,
+        bundle_file: bytes | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         fronts_for(bundle.manifest, plan.fronts)
@@ -98,6 +101,7 @@ class TrainingService:
             screen=screen,
             rates=Rates(rates or RateLimits()),
         )
+        self._parts = BundleParts(bundle.id, bundle_file)
         self._schedule = Schedule(deadline_s)
         self._roster = Roster(self._inbox.max_devices)
         self._quarantine = Quarantine(
@@ -337,6 +341,9 @@ class TrainingService:
 
     def _step(self, arrival: Arrival) -> None:
         message = arrival.message
+        if message.kind == "fetch":  # of a device with another bundle
+            self._hand_out(arrival)
+            return
         known = self._run.known(arrival.key)
         if known is not None:
             self._send(Outgoing(arrival.device, known))
@@ -366,6 +373,16 @@ class TrainingService:
     def _awaited(self, device: str) -> bool:
         """Whether a device's front is part of the next mean; of the last one is whoever comes before it is made."""
         return device in self._run.owing or (self._run.over and bool(self._run.owing or self._run.fronts))
+
+    def _hand_out(self, arrival: Arrival) -> None:
+        """Answer a device that fetches the bundle; one that asks for too much gets no answer, so that it asks later."""
+        found = self._parts.find(arrival.device, arrival.message.fields)
+        if found is None:
+            self._inbox.rejected["rate"] += 1
+        elif isinstance(found, Unavailable):
+            self._refuse(arrival, found.reason, found.detail)
+        else:
+            self._answer(arrival, "part", found.fields, {"part": found.data})
 
     def _decide(self, arrival: Arrival) -> None:
         try:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from edge_sdk.batch import as_batch
 from edge_sdk.bundle import load_bundle
+from edge_sdk.bundle_commands import add_public_key
 from edge_sdk.console import add_debug, require
 from edge_sdk.dataset import load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
+from edge_sdk.signing import public_key_from
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -80,6 +82,7 @@ def add_audit(commands: Any) -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0, 1, ... (default %(default)s)")
     add_allow_model(parser)
+    add_public_key(parser)
     parser.add_argument("--threads", type=int, help="of torch (default: every core)")
     parser.add_argument("--compute", choices=("cpu", "cuda"), default="cpu", help="of attacks (default %(default)s)")
     parser.add_argument(
@@ -114,7 +117,8 @@ def audit(arguments: argparse.Namespace) -> int:
     if arguments.protocols not in (None, "P1", "P1,P2"):
         raise ConfigError("--protocols is P1 or P1,P2: attacks run on what P1 trains")
     paths = [arguments.bundle, *arguments.beside]
-    manifests = [load_bundle(path).manifest for path in paths]
+    key = public_key_from(arguments.public_key, os.environ)
+    manifests = [load_bundle(path, public_key=key).manifest for path in paths]
     signal = len(manifests[0].input_shape) == 2 or None
     dataset = load_dataset(arguments.data, signal=signal)
     for path, manifest in zip(paths, manifests, strict=True):

@@ -27,24 +27,24 @@ FRONT = FrontState(
 LATER = FrontState(5, {name: np.asarray(array + array.dtype.type(1)) for name, array in FRONT.tensors.items()})
 
 
-def memory(folder: Path, limits: OutboxLimits | None) -> State:
+def memory(folder: Path, limits: OutboxLimits | None, bundle: str = "b") -> State:
     return MemoryState(FRONT, limits)
 
 
-def sqlite(folder: Path, limits: OutboxLimits | None, key: bytes | None = None) -> State:
+def sqlite(folder: Path, limits: OutboxLimits | None, bundle: str = "b", key: bytes | None = None) -> State:
     def unexpected(note: str) -> None:
         raise AssertionError(note)
 
     return SqliteState(
-        folder / "state.db", FRONT, bundle="b", fleet="f", device="d", limits=limits, key=key, on_note=unexpected
+        folder / "state.db", FRONT, bundle=bundle, fleet="f", device="d", limits=limits, key=key, on_note=unexpected
     )
 
 
-def sealed(folder: Path, limits: OutboxLimits | None) -> State:
-    return sqlite(folder, limits, bytes(range(32)))
+def sealed(folder: Path, limits: OutboxLimits | None, bundle: str = "b") -> State:
+    return sqlite(folder, limits, bundle, bytes(range(32)))
 
 
-BACKENDS: dict[str, Callable[[Path, OutboxLimits | None], State]] = {
+BACKENDS: dict[str, Callable[..., State]] = {
     "memory": memory,
     "sqlite": sqlite,
     "sealed": sealed,
@@ -64,12 +64,12 @@ class Backend:
         self._count += 1
         return self._remember(self._make(self._folder / str(self._count), limits))
 
-    def again(self, state: State) -> State:
-        """What the next life of the process finds."""
+    def again(self, state: State, bundle: str = "b") -> State:
+        """What the next life of the process finds; its bundle is this one."""
         if not self.durable:
             return state
         self.close()
-        return self._remember(self._make(self._folder / str(self._count), state.limits))
+        return self._remember(self._make(self._folder / str(self._count), state.limits, bundle))
 
     def close(self) -> None:
         for state in self._open:
@@ -294,6 +294,25 @@ def test_a_new_run_leaves_the_devices_own_counters(backend: Backend) -> None:
     state.begin_run("run-2", LATER)
     for each in (state, backend.again(state)):
         assert dict(each.counters) == {f"{DEVICE}allowance": -7, f"{DEVICE}x": 1 << 60}
+
+
+def test_another_bundle_begins_with_its_front_and_keeps_what_is_the_devices(backend: Backend) -> None:
+    state = backend.new()
+    state.begin_run("run-1", LATER)
+    numbers_before = [state.next_step() for _ in range(2)]
+    for number in numbers_before:
+        state.begin(step_of(number), {"batches": number})
+    state.note({f"{DEVICE}allowance": -7})
+    session, key = state.session, state.noise_key
+    assert state.change_bundle("b2", FRONT) == tuple(numbers_before)
+    for each in (state, backend.again(state, "b2")):
+        assert (each.run, each.outbox, dict(each.counters)) == ("", (), {f"{DEVICE}allowance": -7})
+        assert same_bits(each.front, FRONT) and (each.session, each.noise_key) == (session, key)
+    state = backend.again(state, "b2")
+    number = state.next_step()
+    assert number > max(numbers_before)
+    state.begin(step_of(number))
+    assert numbers(backend.again(state, "b2")) == [number]
 
 
 def test_a_new_run_has_all_the_room(backend: Backend) -> None:

@@ -55,6 +55,7 @@ class Wire:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.generation = 1
+        self.connected = True
         self.max_packet_bytes = 1 << 20
         self.refused_messages = 0
         self.refused_patterns: tuple[str, ...] = ()
@@ -183,6 +184,27 @@ def test_another_bundle_is_refused_with_both_names(wire: Wire) -> None:
     with pytest.raises(RefusedError, match=r"bundle-2, .* bundle-1: copy the server's bundle") as caught:
         make(wire).open(10.0)
     assert caught.value.reason == "bundle"
+
+
+def test_the_announcement_that_ended_a_run_is_the_next_one(wire: Wire, joined: Exchange) -> None:
+    wire.arrive(MODEL, model("run-2"))
+    with pytest.raises(RefusedError, match="trains run run-2 now"):
+        joined.listen(1.0)
+    joined.leave()
+    assert joined.join(0.0).run == "run-2", "nothing more is said"
+    joined.leave()
+    with pytest.raises(TransportError):
+        joined.join(0.0)
+
+
+def test_after_a_change_of_bundle_the_one_that_was_left_is_looked_at_again(wire: Wire) -> None:
+    each = make(wire)
+    wire.arrive(MODEL, model(bundle="bundle-2"))
+    with pytest.raises(RefusedError):
+        each.open(10.0)
+    each.leave()
+    each.change_bundle("bundle-2")
+    assert each.join(0.0).bundle == "bundle-2" and len(wire.told()) == 2
 
 
 @pytest.mark.parametrize(("version", "older"), [(2, "device"), (0, "server")])

@@ -113,7 +113,8 @@ def second_opinion(data: bytes) -> Any:
     return read_diagnostic(cbor_diag.cbor2diag(data, pretty=False))
 
 
-ELEMENTS = {79: "q", 84: "e", 85: "f"}
+ELEMENTS = {64: "B", 79: "q", 84: "e", 85: "f"}
+DTYPES = {64: np.uint8, 79: np.int64, 84: np.float32, 85: np.float32}
 
 
 def packed_elements(entry: Any) -> tuple[list[int], list[float]]:
@@ -174,7 +175,7 @@ def test_a_second_implementation_reads_the_same(name: str) -> None:
         assert entry.keys() == ({"data", "scale"} if entry["data"][1][1][0] == 84 else {"data"})
         dimensions, numbers = elements(entry["data"], entry.get("scale"))
         assert list(array.shape) == dimensions
-        assert array.dtype == (np.int64 if entry["data"][1][1][0] == 79 else np.float32)
+        assert array.dtype == DTYPES[entry["data"][1][1][0]]
         assert array.reshape(-1).tolist() == numbers
 
 

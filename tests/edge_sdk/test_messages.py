@@ -22,12 +22,14 @@ VALID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "store": ({"front": 0, "first": 0, "total": 5000}, {"activations": ACTIVATIONS, "labels": LABELS}),
     "front": ({"front": 3, "samples": 700}, FRONT),
     "infer": ({"front": 3}, {"activations": ACTIVATIONS}),
+    "fetch": ({"bundle": "ab12", "first": 0, "most": 61440}, {}),
     "state": ({"status": "online", "manifest": "ab12", "versions": {"wire": 1}}, {}),
     "gradient": ({"front": 3, "rate": 0.01, "loss": 2.5, "round": 4}, {"gradient": ACTIVATIONS}),
     "stored": ({"samples": 2}, {}),
     "synchronised": ({"front": 4, "round": 40}, FRONT),
     "decision": ({}, {"probabilities": PROBABILITIES, "class.fused": np.array([1, 0])}),
     "refused": ({"reason": "run"}, {}),
+    "part": ({"bundle": "ab12", "first": 0, "total": 3}, {"part": np.arange(3, dtype=np.uint8)}),
     "missing": ({"chunks": [0, 2]}, {}),
     "model": (
         {"bundle": "ab12", "front": 0, "rounds": 20, "evaluate_every": 5, "batch": 32, "status": "open"},
@@ -200,6 +202,13 @@ def test_a_chunk_list_is_checked(chunks: list[Any]) -> None:
 )
 def test_tensors_are_checked(name: str, array: Any, reason: str) -> None:
     assert refusal(message("train", tensors={**VALID["train"][1], name: array})) == reason
+
+
+def test_a_part_is_bytes() -> None:
+    data = np.arange(4, dtype=np.uint8)
+    for array, reason in ((data.astype(np.int64), "dtype"), (data[None], "shape"), (data[:0], "shape")):
+        assert refusal(message("part", tensors={"part": array})) == reason
+    assert refusal(message("part", tensors={"part": data}), Limits(max_elements=3)) == "limit"
 
 
 def test_tensors_are_bounded() -> None:

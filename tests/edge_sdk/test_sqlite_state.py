@@ -218,6 +218,7 @@ def test_every_change_is_one_commit(path: Path) -> None:
             lambda: state.begin(marked(3)),
             lambda: state.finish(2, front(1), {"trained": 1}),
             lambda: state.begin_run("next", front(2)),
+            lambda: state.change_bundle("other", front(3)),
             lambda: state.next_step(),
         ):
             statements.clear()
@@ -257,6 +258,8 @@ def test_a_full_disk_changes_nothing(path: Path, key: bytes | None, monkeypatch:
             state.finish(1, big, {"trained": 1})
         with pytest.raises(StateError, match="the disk is full"):
             state.begin_run("next", big)
+        with pytest.raises(StateError, match="the disk is full"):
+            state.change_bundle("other", big)
         assert content(state) == before
     with closing(open_state(path, key=key)) as state:
         assert content(state) == before
@@ -579,6 +582,26 @@ def test_the_state_of_another_owner_is_refused(path: Path, name: str) -> None:
     assert path.read_bytes() == kept
     with closing(open_state(path)) as state:
         assert content(state) == before
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
+def test_the_state_of_a_related_bundle_goes_over_once_and_says_so(path: Path, key: bytes | None) -> None:
+    with closing(open_state(path, key=key)) as state:
+        state.begin_run("run", front(4))
+        state.begin(marked(state.next_step()))
+        session, noise_key = state.session, state.noise_key
+    with pytest.raises(StateError, match="belongs to bundle"):
+        open_state(path, key=key, bundle="new", related=["unrelated"])
+    notes: list[str] = []
+    for _ in range(2):
+        with closing(
+            open_state(path, key=key, bundle="new", related=[OWNER["bundle"], "new"], on_note=notes.append)
+        ) as state:
+            assert (state.run, state.outbox, state.front.version) == ("", (), 0)
+            assert (state.session, state.noise_key) == (session, noise_key)
+    assert len(notes) == 1 and f"was of bundle {OWNER['bundle']}: it goes on with new" in notes[0]
+    with pytest.raises(StateError, match="belongs to bundle"):
+        open_state(path, key=key)
 
 
 def test_an_open_state_belongs_to_one(path: Path) -> None:

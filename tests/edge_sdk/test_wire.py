@@ -43,6 +43,7 @@ SAMPLES: dict[str, Message] = {
     ),
     "front": Message("front", "r1", "s1", 10, {"front": 3, "samples": 700}, FRONT),
     "infer": Message("infer", "r1", "s1", 8, {"front": 3}, {"activations": ACTIVATIONS[:, :, 0]}),
+    "fetch": Message("fetch", "r1", "s1", 12, {"bundle": "ab12", "first": 61440, "most": 61440}),
     "state": Message(
         "state",
         "",
@@ -71,6 +72,14 @@ SAMPLES: dict[str, Message] = {
             "class.attacked": np.array([1, 0]),
             "class.fused": np.array([1, 1]),
         },
+    ),
+    "part": Message(
+        "part",
+        "r1",
+        "s1",
+        12,
+        {"bundle": "ab12", "first": 61440, "total": 61445},
+        {"part": np.frombuffer(b"PK\5\6\0", np.uint8)},
     ),
     "refused": Message("refused", "r1", "s1", 7, {"reason": "run", "detail": "this run is over"}),
     "missing": Message("missing", "r1", "s1", 7, {"chunks": [0, 2, 300]}),

@@ -51,6 +51,13 @@ def test_a_pipe_gets_plain_lines() -> None:
     assert "round 7  loss 0.250  decision 87.5%" in text and "use the server's bundle" in text
 
 
+def test_a_device_that_does_not_follow_is_told() -> None:
+    out = io.StringIO()
+    with RunDisplay("ward", Console(file=out, width=100)) as display:
+        display.show(EVENTS[1] | {"update": "bundle ab12 was refused: is not signed"})
+    assert out.getvalue().splitlines() == ["ward: ward-1: bundle ab12 was refused: is not signed"]
+
+
 def test_a_quarantine_is_told_at_its_begin_and_end() -> None:
     out = io.StringIO()
     with RunDisplay("ward", Console(file=out, width=100)) as display:

@@ -29,6 +29,14 @@ def test_the_last_word_counts() -> None:
     assert roster.bundle("a") == "bundle-1" and roster.members == (), "who only talks takes no part"
 
 
+def test_why_a_device_does_not_follow_is_told_once() -> None:
+    roster = Roster(9)
+    told = [roster.note("a", state(update=text)).get("update") for text in ("", "is not\x1b[2J signed", "x" * 999, "")]
+    assert told == [None, "is not[2J signed", "x" * 300, None]
+    refused = state(update="is not signed")
+    assert [("update" in roster.note("a", refused)) for _ in range(2)] == [True, False]
+
+
 def test_a_run_is_done_when_every_member_has_said_so() -> None:
     roster = Roster(9)
     assert not roster.done, "nobody takes part"
