@@ -25,8 +25,9 @@ from export.rewrite import convolution, twice
 __all__ = ["DECOMPOSITIONS", "TRANSLATIONS"]
 
 _FLOAT, _FLOAT_BYTES = 1, 4
-_LARGE_PATCHES = 1 << 19  # bytes of one sample's patches: beyond, a batch's no longer fit a cache
+_LARGE_PATCHES = 1 << 16  # bytes of one sample's patches: beyond, laying out a batch's costs more than it saves
 _FEW_CHANNELS = 8
+_ALIASED = 1 << 10  # values: rows of a matrix that lie a multiple of this apart fall on the same places of a cache
 _SCALED = "psgl.scaled"  # on a value: (grid, one factor per channel), whose product it is
 
 aten = torch.ops.aten
@@ -182,31 +183,35 @@ def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, 
 def _weight_gradient_by_taps(grad: Any, x: Any, weight: Any, padding: Any) -> Any:
     """dW[tap] = sum over samples of dY @ x moved by that tap: for stride 1, one product for each tap or row of taps.
 
-    On the padded grid, flattened, a move is a slice in one piece. dY is widened to that grid with zeros, which meet
-    what comes round the edge, and a row behind the last one. Few input channels would starve the product: there, taps of the last axis go together.
+    With x's channels last, a move along any axis copies long pieces, and one along the first axis a single one. Few
+    input channels would starve the product: there, taps of the last axis go together.
     """
     fan_out, fan_in, *kernel = map(int, weight.shape)
     axes, out = _spatial(x), [int(extent) for extent in grad.shape[2:]]
-    wide = [n + k - 1 for n, k in zip(out, kernel, strict=True)]
-    strides = [math.prod(wide[axis + 1 :]) for axis in range(len(wide))]
-    length = out[0] * strides[0]
-    x = op.Pad(x, _ints(*padding, padding[0] + 1, *padding[1:]), None, _ints(*axes))
-    if len(axes) > 1:
-        grad = op.Pad(grad, _ints(*[0] * (len(axes) - 1), *(k - 1 for k in kernel[1:])), None, _ints(*axes[1:]))
-    rows = op.Transpose(op.Reshape(x, _ints(0, fan_in, -1)), perm=[0, 2, 1])
+    row = math.prod(out[1:])
+    spare = 0 if out[0] * row % _ALIASED else 1
+    if any(padding) or spare:
+        x = op.Pad(x, _ints(*padding, padding[0] + spare, *padding[1:]), None, _ints(*axes))
+    if spare:
+        grad = op.Pad(grad, _ints(0, spare), None, _ints(2))
+    x = op.Transpose(x, perm=[0, *axes, 1])
+    moved = []
+    for tap in itertools.product(*map(range, kernel[1:])):
+        ends = [first + extent for first, extent in zip(tap, out[1:], strict=True)]
+        piece = op.Slice(x, _ints(*tap), _ints(*ends), _ints(*axes[:-1])) if tap else x
+        moved.append(op.Reshape(piece, _ints(0, -1, fan_in)))
+    together = kernel[-1] if fan_in < _FEW_CHANNELS and len(kernel) > 1 else 1
+    moved = (
+        [op.Concat(*moved[i : i + together], axis=2) for i in range(0, len(moved), together)] if together > 1 else moved
+    )
     grad = op.Reshape(grad, _ints(0, fan_out, -1))
-    together = kernel[-1] if fan_in < _FEW_CHANNELS else 1
-    if together > 1:
-        most = (wide[0] + 1) * strides[0] - together + 1
-        moved = [op.Slice(rows, _ints(j), _ints(j + most), _ints(1)) for j in range(together)]
-        rows = op.Concat(*moved, axis=2)
     products = []
-    for tap in itertools.product(*map(range, [*kernel[:-1], kernel[-1] // together])):
-        first = sum(index * step for index, step in zip(tap, strides, strict=True))
-        piece = op.Slice(rows, _ints(first), _ints(first + length), _ints(1))
-        products.append(op.ReduceSum(op.MatMul(grad, piece), _ints(0), keepdims=1))
-    all_taps = products[0] if len(products) == 1 else op.Concat(*products, axis=0)
-    apart = op.Reshape(all_taps, _ints(len(products), fan_out, together, fan_in))
+    for first in range(kernel[0]):
+        for rows in moved:
+            piece = op.Slice(rows, _ints(first * row), _ints((first + out[0] + spare) * row), _ints(1))
+            products.append(op.MatMul(grad, piece))
+    total = op.ReduceSum(products[0] if len(products) == 1 else op.Concat(*products, axis=1), _ints(0), keepdims=0)
+    apart = op.Reshape(total, _ints(len(products), fan_out, together, fan_in))
     return op.Reshape(op.Transpose(apart, perm=[1, 3, 0, 2]), _ints(fan_out, fan_in, *kernel))
 
 

@@ -68,11 +68,12 @@ class _OneRow(nn.Module):
 
 def _as_image(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.MaxPool1d):
-        return nn.MaxPool2d((1, layer.kernel_size))
+        return nn.MaxPool2d((1, 2))
     if not isinstance(layer, nn.Conv1d):
         return layer
-    kernel, padding = (1, *layer.kernel_size), (0, *layer.padding)
-    image = nn.Conv2d(layer.in_channels, layer.out_channels, kernel, padding=padding)
+    image = nn.Conv2d(
+        layer.in_channels, layer.out_channels, (1, layer.kernel_size[0]), padding=(0, int(layer.padding[0]))
+    )
     image.weight, image.bias = nn.Parameter(layer.weight.unsqueeze(2)), layer.bias
     return image
 
@@ -109,7 +110,9 @@ def cheap_guide(guide: nn.Module) -> nn.Module:
 
 def _can_be_turned(layer: nn.Conv2d) -> bool:
     plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.groups == 1 and layer.padding_mode == "zeros"
-    return plain and not isinstance(layer.padding, str) and layer.in_channels >= _BLOCK
+    if not plain or isinstance(layer.padding, str) or layer.in_channels < _BLOCK:
+        return False
+    return all(padding < taps for padding, taps in zip(layer.padding, layer.kernel_size, strict=True))
 
 
 def _is_plain_pool(layer: nn.Module) -> bool:
@@ -284,19 +287,19 @@ class _FixedWeights(torch.autograd.Function):
 
 
 class _FixedConvolution(nn.Module):
-    """A convolution of stride 1 with fixed weights; if ``pooled``, without the odd last row and column of its output."""
+    """A convolution of stride 1 with fixed weights; if ``pooled``, less padding spares an odd last row and column."""
 
     def __init__(self, convolution: nn.Conv2d, pooled: bool) -> None:
         super().__init__()
         self.weight = convolution.weight
         self.bias = convolution.bias
-        self.padding = convolution.padding
+        self.padding = [int(padding) for padding in convolution.padding]
         self.pooled = pooled
 
     def forward(self, x: Tensor) -> Tensor:
         zeros = []
         for extent, taps, padding in zip(x.shape[:1:-1], self.weight.shape[:1:-1], self.padding[::-1], strict=True):
-            odd = self.pooled and (extent + 2 * int(padding) - taps + 1) % 2
-            zeros += [int(padding), int(padding) - odd]
+            odd = (extent + 2 * padding - taps + 1) % 2 if self.pooled and padding else 0
+            zeros += [padding, padding - odd]
         y: Tensor = _FixedWeights.apply(x, self.weight, self.bias, zeros)  # type: ignore[no-untyped-call]
         return y
