@@ -156,7 +156,12 @@ def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, 
     """
     out, kernel = list(grad.shape[2:]), list(weight.shape[2:])
     plain = groups == 1 and {*stride, *dilation} == {1}
-    if plain and _FLOAT_BYTES * int(weight.shape[1]) * math.prod(map(int, (*out, *kernel))) > _LARGE_PATCHES:
+    thin_signal = len(kernel) == 1 and int(weight.shape[1]) < _FEW_CHANNELS
+    if (
+        plain
+        and not thin_signal
+        and _FLOAT_BYTES * int(weight.shape[1]) * math.prod(map(int, (*out, *kernel))) > _LARGE_PATCHES
+    ):
         return _weight_gradient_by_taps(grad, x, weight, padding)
     fan_out, axes = int(weight.shape[0]) // groups, _spatial(x)
     x = op.Transpose(x, perm=[1, 0, *axes])
@@ -200,10 +205,9 @@ def _weight_gradient_by_taps(grad: Any, x: Any, weight: Any, padding: Any) -> An
         ends = [first + extent for first, extent in zip(tap, out[1:], strict=True)]
         piece = op.Slice(x, _ints(*tap), _ints(*ends), _ints(*axes[:-1])) if tap else x
         moved.append(op.Reshape(piece, _ints(0, -1, fan_in)))
-    together = kernel[-1] if fan_in < _FEW_CHANNELS and len(kernel) > 1 else 1
-    moved = (
-        [op.Concat(*moved[i : i + together], axis=2) for i in range(0, len(moved), together)] if together > 1 else moved
-    )
+    together = kernel[-1] if fan_in < _FEW_CHANNELS else 1
+    if together > 1:
+        moved = [op.Concat(*moved[i : i + together], axis=2) for i in range(0, len(moved), together)]
     grad = op.Reshape(grad, _ints(0, fan_out, -1))
     products = []
     for first in range(kernel[0]):
