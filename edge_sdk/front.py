@@ -227,4 +227,4 @@ class Front:
 
 
 def _as_value(array: Any) -> Any:
-    return array if isinstance(array, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(array)
+    return array if isinstance(array, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.asarray(array))

@@ -2,9 +2,9 @@
 
 ``DECOMPOSITIONS`` rewrites ATen operators while a gradient is traced. ``TRANSLATIONS`` gives the ONNX form of
 those that are cheapest, or only right, when written by hand; everything else keeps torch's own translation.
-The forms were chosen by time in onnxruntime on one CPU thread: slices and one product for a convolution's
-weight gradient, MaxUnpool for a pool's, one BatchNormalization with the batch's own statistics for training
-mode.
+The forms were chosen by time in onnxruntime on one CPU thread: slices and products for a convolution's
+weight gradient, MaxUnpool for a pool's (where `export.rewrite` leaves the pool), one BatchNormalization with the
+batch's own statistics for training mode.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from export.layers import check_guide, check_layers
 from export.model import GraphInput, GraphPlan
 from export.optimizer import Optimizer, initial_state, step
 from export.partition import before_inputs, for_outputs
-from export.rewrite import cheap_gradient, cheap_guide, from_blocks, guide_on_blocks
+from export.rewrite import cheap_gradient, cheap_guide, folded, from_blocks, guide_on_blocks
 from server_sdk.reference.guide import Guide
 from server_sdk.reference.perturbation import Perturbation, front_input, perturb, space_to_depth
 
@@ -133,10 +133,10 @@ class _Builder:
         self.optimizer = optimizer
         self.front = _bare_copy(front)
         self.pulled = None if optimizer is None else cheap_gradient(self.front)
-        self.settled = copy.deepcopy(self.front).eval()
+        self.settled = folded(self.front)
         guide = None if guide is None or perturbation is None else _bare_copy(guide).eval()
-        self.on_blocks = isinstance(guide, Guide)
-        if isinstance(guide, Guide):
+        self.on_blocks = type(guide) is Guide
+        if type(guide) is Guide:
             guide = guide_on_blocks(guide)
         self.guide = None if guide is None else cheap_guide(guide)
         self.parameters = {name: p.detach() for name, p in self.front.named_parameters()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from server_sdk.reference.guide import Guide
 
-__all__ = ["cheap_gradient", "cheap_guide", "convolution", "from_blocks", "guide_on_blocks", "twice"]
+__all__ = ["cheap_gradient", "cheap_guide", "convolution", "folded", "from_blocks", "guide_on_blocks", "twice"]
 
 _FEW_CHANNELS = 4
 _BLOCK = 16  # channels that onnxruntime computes together: with fewer outputs a transposed convolution is faster
@@ -54,6 +54,38 @@ def cheap_gradient(front: nn.Module, *, planes: bool = True) -> nn.Module:
     return nn.Sequential(result)
 
 
+def folded(front: nn.Module) -> nn.Module:
+    """A copy of a sequential front in evaluation mode whose BatchNorms go into the convolutions before them.
+
+    A few operators on weights take the place of a pass over the grid; any other module is only copied. Names of weights
+    and statistics stay.
+    """
+    front = copy.deepcopy(front).eval()
+    return _Folded(OrderedDict(zip(front._modules, front, strict=True))) if type(front) is nn.Sequential else front
+
+
+class _Folded(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self)
+        while layers:
+            layer = layers.pop(0)
+            if layers and type(layer) in (nn.Conv1d, nn.Conv2d) and type(layers[0]) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                x = _normalised_convolution(layer, layers.pop(0), x)
+            else:
+                x = layer(x)
+        return x
+
+
+def _normalised_convolution(convolution: Any, norm: Any, x: Tensor) -> Tensor:
+    gain = (norm.running_var + norm.eps).rsqrt()
+    gain = gain if norm.weight is None else gain * norm.weight
+    mean = norm.running_mean if convolution.bias is None else norm.running_mean - convolution.bias
+    shift = -mean * gain if norm.bias is None else norm.bias - mean * gain
+    weight = convolution.weight * gain.reshape(-1, *[1] * (convolution.weight.dim() - 1))
+    y: Tensor = convolution._conv_forward(x, weight, shift)
+    return y
+
+
 def guide_on_blocks(guide: Guide) -> nn.Sequential:
     """What this SDK's guide does behind its space-to-depth, layer by layer; a signal is an image of one row."""
     first, pool, second = (_as_image(layer) for layer in (guide.conv1, guide.pool, guide.conv2))
@@ -81,8 +113,8 @@ def _as_image(layer: nn.Module) -> nn.Module:
 def from_blocks(blocks: Tensor) -> Tensor:
     """Back to the grid from a space-to-depth of 2: (N, 4 C, H, W) to (N, C, 2 H, 2 W), (N, 2 C, T) to (N, C, 2 T).
 
-    As a transposed convolution by zeros and ones, which is five times as fast as onnxruntime's DepthToSpace; values
-    have to be finite.
+    As a transposed convolution by zeros and ones, which takes a third to a fifth of the time of onnxruntime's
+    DepthToSpace; values have to be finite.
     """
     axes = blocks.dim() - 2
     channels = blocks.shape[1] // 2**axes
@@ -102,9 +134,8 @@ def cheap_guide(guide: nn.Module) -> nn.Module:
     layers = [layer for layer in guide if not isinstance(layer, nn.Identity)]
     for position, layer in enumerate(layers):
         if type(layer) is nn.Conv2d and _can_be_turned(layer):
-            behind = layers[position + 1 : position + 2]
-            pooled = any(isinstance(inner, _PlanePool) for outer in behind for inner in outer.modules())
-            layers[position] = _FixedConvolution(layer, pooled)
+            behind = nn.Sequential(*layers[position + 1 : position + 2])
+            layers[position] = _FixedConvolution(layer, any(type(inner) is _PlanePool for inner in behind.modules()))
     return nn.Sequential(*layers)
 
 
@@ -116,16 +147,16 @@ def _can_be_turned(layer: nn.Conv2d) -> bool:
 
 
 def _is_plain_pool(layer: nn.Module) -> bool:
-    return type(layer) is nn.MaxPool2d and _is_pool_of(layer, (2, (2, 2)))
+    return _is_pool(layer, nn.MaxPool2d, 2, (2, 2))
 
 
 def _is_pool_of_pairs(layer: nn.Module) -> bool:
-    return (type(layer) is nn.MaxPool2d and _is_pool_of(layer, ((1, 2),))) or (
-        type(layer) is nn.MaxPool1d and _is_pool_of(layer, (2, (2,)))
-    )
+    return _is_pool(layer, nn.MaxPool1d, 2, (2,)) or _is_pool(layer, nn.MaxPool2d, (1, 2))
 
 
-def _is_pool_of(layer: nn.MaxPool1d | nn.MaxPool2d, extents: tuple[Any, ...]) -> bool:
+def _is_pool(layer: nn.Module, kind: type[nn.MaxPool1d | nn.MaxPool2d], *extents: int | tuple[int, ...]) -> bool:
+    if type(layer) is not kind:
+        return False
     stride = layer.kernel_size if layer.stride is None else layer.stride
     fits = layer.kernel_size in extents and stride in extents and layer.padding in (0, (0,), (0, 0))
     return fits and layer.dilation in (1, (1,), (1, 1)) and not layer.ceil_mode and not layer.return_indices

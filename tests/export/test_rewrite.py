@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from export.rewrite import cheap_gradient, cheap_guide, from_blocks, guide_on_blocks
+from export.rewrite import cheap_gradient, cheap_guide, folded, from_blocks, guide_on_blocks
 from server_sdk.reference.guide import Guide
 from server_sdk.reference.networks import reference_network, step_network
 from server_sdk.reference.perturbation import space_to_depth
@@ -152,3 +152,31 @@ def test_a_guide_keeps_its_logits_and_its_input_gradient(name: str, tied: bool) 
 def test_blocks_go_back_to_the_very_values(shape: tuple[int, ...]) -> None:
     blocks = torch.randn(shape)
     assert torch.equal(space_to_depth(from_blocks(blocks)), blocks)
+
+
+NORMALISED = {
+    "reference": (split(reference_network(3, (8, 8), 2), "relu2")[0], (3, 8, 8)),
+    "signal": (split(reference_network(3, (16,), 2), "relu2")[0], (3, 16)),
+    "bias_groups_plain": (
+        _named(
+            *(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2, stride=2), nn.BatchNorm2d(6, affine=False), nn.ReLU()),
+            *(nn.Conv2d(6, 2, 1), nn.ReLU(), nn.BatchNorm2d(2)),
+        ),
+        (4, 9, 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_folded_is_the_front_in_evaluation_mode(name: str) -> None:
+    front, shape = NORMALISED[name]
+    front = copy.deepcopy(front).double()
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (*front.parameters(), *front.buffers()):
+        tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    before = {key: tensor.clone() for key, tensor in front.state_dict().items()}
+    x = torch.randn(3, *shape, generator=generator).double()
+    one = folded(front)
+    assert torch.allclose(one(x), copy.deepcopy(front).eval()(x), atol=1e-12)
+    assert front.training and one.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in front.state_dict().items())
