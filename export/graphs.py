@@ -217,16 +217,15 @@ class _Builder:
         x, how = tensors["x"], self.perturbation.normalisation
         given = space_to_depth(x) if self.on_blocks else x
         result = perturb(guide, given, tensors["label"], normalisation=how, epsilon=tensors["epsilon"])
-        perturbed, scaled, left = result.perturbed, result.map, self.downsample
-        shown = {"perturbed": perturbed, "map": scaled, "guide": result.guide}
+        perturbed, scaled, downsample = result.perturbed, result.map, self.downsample
         if self.on_blocks:
-            shown["map"] = from_blocks(scaled)
-            shown["perturbed"] = (x + shown["map"]).clamp(0.0, 1.0)
-            if self.downsample == 2:
-                left = 1  # the front wants the very blocks that the map was made on
-            else:
-                perturbed, scaled = shown["perturbed"], shown["map"]
-        return front_input(perturbed, scaled if self.perturbation.map_channel else None, left), shown
+            scaled = from_blocks(result.map)
+            perturbed = (x + scaled).clamp(0.0, 1.0)
+        shown = {"perturbed": perturbed, "map": scaled, "guide": result.guide}
+        if self.on_blocks and downsample == 2:
+            # the front wants the very blocks that the map was made on
+            perturbed, scaled, downsample = result.perturbed, result.map, 1
+        return front_input(perturbed, scaled if self.perturbation.map_channel else None, downsample), shown
 
     def _activations_like(self, example: Tensor) -> Tensor:
         scaled = example if self.perturbation is not None and self.perturbation.map_channel else None
