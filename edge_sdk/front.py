@@ -1,7 +1,7 @@
 """The front layers on the device: perturb and forward, backward and optimizer step, as stock onnxruntime sessions.
 
-A front is a function of its state: nothing here keeps parameters, so that a step can be committed or forgotten as a
-whole by whoever keeps the state.
+A front is a function of its state: nothing here keeps parameters (but a view of those of the last call), so that a step
+can be committed or forgotten as a whole by whoever keeps the state.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Front:
         if bundle.manifest.noise and noise_key is None:
             raise ConfigError("the bundle adds noise to its activations: give a noise_key, kept secret on the device")
         self._noise_key = noise_key
+        self._seen: tuple[Mapping[str, npt.NDArray[Any]], Mapping[str, Any]] | None = None
         stated = bundle.manifest.interfaces
         self._sessions = {
             name: open_session(name, graph, stated.get(name), threads=threads) for name, graph in bundle.graphs.items()
@@ -143,7 +144,7 @@ class Front:
         if self._bundle.manifest.noise:
             sigma = self._bundle.manifest.noise if noise is None else noise
             given["noise"] = self._noise(state, x, sigma, training=training, epsilon=strength)
-        out = self._run("train" if training else "infer", {**state.tensors, **given})
+        out = self._run("train" if training else "infer", {**self._values(state), **given})
         kept = {"x": x, **out} if training else {}
         return Forward(out["activations"], out.get("perturbed", x), out.get("map"), out.get("guide"), kept)
 
@@ -174,7 +175,7 @@ class Front:
             BatchError: onnxruntime refused the arrays.
             ConfigError: the bundle's front is frozen.
         """
-        return replace(forward, kept={**forward.kept, **self._run("prepare", {**state.tensors, **forward.kept})})
+        return replace(forward, kept={**forward.kept, **self._run("prepare", {**self._values(state), **forward.kept})})
 
     def backward(self, state: FrontState, prepared: Forward, gradient: Array, *, rate: float) -> FrontState:
         """Run the rest of the backward pass and one optimizer step.
@@ -193,9 +194,9 @@ class Front:
             ConfigError: the bundle's front is frozen.
         """
         given: dict[str, npt.NDArray[Any]] = {"gradient": gradient, "rate": np.array(rate, np.float32)}
-        out = {**prepared.kept, **self._run("backward", {**state.tensors, **prepared.kept, **given})}
+        out = {**prepared.kept, **self._run("backward", {**self._values(state), **prepared.kept, **given})}
         tensors = {name: out.get(f"next.{name}", value) for name, value in state.tensors.items()}
-        if not all(np.isfinite(value).all() for value in tensors.values()):
+        if not np.isfinite(np.concatenate([value.reshape(-1) for value in tensors.values()])).all():
             raise BatchError("the step would make the front's parameters infinite: lower the learning rate")
         return FrontState(state.version + 1, tensors)
 
@@ -215,7 +216,13 @@ class Front:
         )
         return drawn
 
-    def _run(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Array]:
+    def _values(self, state: FrontState) -> Mapping[str, Any]:
+        """The state's tensors as onnxruntime sees them, not copied; made once as long as the state stays the same."""
+        if self._seen is None or self._seen[0] is not state.tensors:
+            self._seen = (state.tensors, {name: _as_value(tensor) for name, tensor in state.tensors.items()})
+        return self._seen[1]
+
+    def _run(self, name: str, arrays: Mapping[str, Any]) -> dict[str, Array]:
         if name not in self._sessions and self._bundle.manifest.frozen:
             raise ConfigError(_FROZEN)
         try:
@@ -235,4 +242,4 @@ class Front:
 
 
 def _as_value(array: Any) -> Any:
-    return array if isinstance(array, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(array)
+    return array if isinstance(array, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.asarray(array))

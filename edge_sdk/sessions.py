@@ -34,6 +34,7 @@ def open_session(name: str, graph: bytes, interface: Interface | None, *, thread
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # a block for each pass, planned ahead, leaves holes in an arena that is shared
     options.log_severity_level = 4
     _share_one_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")

@@ -2,9 +2,9 @@
 
 ``DECOMPOSITIONS`` rewrites ATen operators while a gradient is traced. ``TRANSLATIONS`` gives the ONNX form of
 those that are cheapest, or only right, when written by hand; everything else keeps torch's own translation.
-The forms were chosen by time in onnxruntime on one CPU thread: slices and one product for a convolution's
-weight gradient, MaxUnpool for a pool's, one BatchNormalization with the batch's own statistics for training
-mode.
+The forms were chosen by time in onnxruntime on one CPU thread: slices and products for a convolution's
+weight gradient, MaxUnpool for a pool's (where `export.rewrite` leaves the pool), one BatchNormalization with the
+batch's own statistics for training mode.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 from export.errors import ExportError
-from export.rewrite import twice
+from export.rewrite import convolution, twice
 
 __all__ = ["DECOMPOSITIONS", "TRANSLATIONS"]
 
 _FLOAT, _FLOAT_BYTES = 1, 4
-_LARGE_PATCHES = 1 << 19  # bytes of one sample's patches: beyond, a batch's no longer fit a cache
+_LARGE_PATCHES = 1 << 16  # bytes of one sample's patches: beyond, laying out a batch's costs more than it saves
 _FEW_CHANNELS = 8
+_ALIASED = 1 << 10  # values: rows of a matrix that lie a multiple of this apart fall on the same places of a cache
+_SCALED = "psgl.scaled"  # on a value: (grid, one factor per channel), whose product it is
 
 aten = torch.ops.aten
 
@@ -124,11 +126,13 @@ def _convolution_backward(
     if transposed:
         raise ExportError("a transposed convolution has no gradient graph: place it behind the cut")
     dx = dw = db = grad  # places that nobody reads
+    grad, gain = grad.meta.get(_SCALED, (grad, None))
+    by_output = _ints(-1, *[1] * (len(weight.shape) - 1))
     if output_mask[0]:
         missing = _output_padding(x.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, dilation)
         dx = op.ConvTranspose(
             grad,
-            weight,
+            weight if gain is None else op.Mul(weight, op.Reshape(gain, by_output)),
             dilations=dilation,
             group=groups,
             output_padding=missing,
@@ -137,8 +141,10 @@ def _convolution_backward(
         )
     if output_mask[1]:
         dw = _weight_gradient(grad, x, weight, stride, padding, dilation, groups)
+        dw = dw if gain is None else op.Mul(dw, op.Reshape(gain, by_output))
     if output_mask[2]:
         db = _sum_per_channel(grad, x)
+        db = db if gain is None else op.Mul(db, gain)
     return dx, dw, db
 
 
@@ -150,7 +156,12 @@ def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, 
     """
     out, kernel = list(grad.shape[2:]), list(weight.shape[2:])
     plain = groups == 1 and {*stride, *dilation} == {1}
-    if plain and _FLOAT_BYTES * int(weight.shape[1]) * math.prod(map(int, (*out, *kernel))) > _LARGE_PATCHES:
+    thin_signal = len(kernel) == 1 and int(weight.shape[1]) < _FEW_CHANNELS
+    if (
+        plain
+        and not thin_signal
+        and _FLOAT_BYTES * int(weight.shape[1]) * math.prod(map(int, (*out, *kernel))) > _LARGE_PATCHES
+    ):
         return _weight_gradient_by_taps(grad, x, weight, padding)
     fan_out, axes = int(weight.shape[0]) // groups, _spatial(x)
     x = op.Transpose(x, perm=[1, 0, *axes])
@@ -166,7 +177,8 @@ def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, 
     grad = op.Transpose(grad, perm=[1, 0, *axes])
     if groups == 1:
         product = op.Gemm(op.Reshape(patches, _ints(rows, -1)), op.Reshape(grad, _ints(fan_out, -1)), transB=1)
-        product = op.Transpose(product, perm=[1, 0])
+        # not yet a matrix of the weight's shape: onnxruntime would turn both factors, and the larger belongs first
+        product = op.Transpose(op.Reshape(product, _ints(1, rows, -1)), perm=[0, 2, 1])
     else:
         right = op.Transpose(op.Reshape(grad, _ints(groups, fan_out, -1)), perm=[0, 2, 1])
         product = op.Transpose(op.MatMul(op.Reshape(patches, _ints(groups, rows, -1)), right), perm=[0, 2, 1])
@@ -176,32 +188,34 @@ def _weight_gradient(grad: Any, x: Any, weight: Any, stride: Any, padding: Any, 
 def _weight_gradient_by_taps(grad: Any, x: Any, weight: Any, padding: Any) -> Any:
     """dW[tap] = sum over samples of dY @ x moved by that tap: for stride 1, one product for each tap or row of taps.
 
-    On the padded grid, flattened, a move is a slice in one piece. dY is widened to that grid with zeros, which meet
-    what comes round the edge. Few input channels would starve the product: there, taps of the last axis go together.
+    With x's channels last, a move along any axis copies long pieces, and one along the first axis a single one. Few
+    input channels would starve the product: there, taps of the last axis go together.
     """
     fan_out, fan_in, *kernel = map(int, weight.shape)
     axes, out = _spatial(x), [int(extent) for extent in grad.shape[2:]]
-    wide = [n + k - 1 for n, k in zip(out, kernel, strict=True)]
-    strides = [math.prod(wide[axis + 1 :]) for axis in range(len(wide))]
-    length = sum((n - 1) * step for n, step in zip(out, strides, strict=True)) + 1
-    if any(padding):
-        x = op.Pad(x, _ints(*padding, *padding), None, _ints(*axes))
-    if len(axes) > 1:
-        grad = op.Pad(grad, _ints(*[0] * (len(axes) - 1), *(k - 1 for k in kernel[1:])), None, _ints(*axes[1:]))
-    rows = op.Transpose(op.Reshape(x, _ints(0, fan_in, -1)), perm=[0, 2, 1])
-    grad = op.Slice(op.Reshape(grad, _ints(0, fan_out, -1)), _ints(0), _ints(length), _ints(2))
+    row = math.prod(out[1:])
+    spare = 0 if out[0] * row % _ALIASED else 1
+    if any(padding) or spare:
+        x = op.Pad(x, _ints(*padding, padding[0] + spare, *padding[1:]), None, _ints(*axes))
+    if spare:
+        grad = op.Pad(grad, _ints(0, spare), None, _ints(2))
+    x = op.Transpose(x, perm=[0, *axes, 1])
+    moved = []
+    for tap in itertools.product(*map(range, kernel[1:])):
+        ends = [first + extent for first, extent in zip(tap, out[1:], strict=True)]
+        piece = op.Slice(x, _ints(*tap), _ints(*ends), _ints(*axes[:-1])) if tap else x
+        moved.append(op.Reshape(piece, _ints(0, -1, fan_in)))
     together = kernel[-1] if fan_in < _FEW_CHANNELS else 1
     if together > 1:
-        most = math.prod(wide) - together + 1
-        moved = [op.Slice(rows, _ints(j), _ints(j + most), _ints(1)) for j in range(together)]
-        rows = op.Concat(*moved, axis=2)
+        moved = [op.Concat(*moved[i : i + together], axis=2) for i in range(0, len(moved), together)]
+    grad = op.Reshape(grad, _ints(0, fan_out, -1))
     products = []
-    for tap in itertools.product(*map(range, [*kernel[:-1], kernel[-1] // together])):
-        first = sum(index * step for index, step in zip(tap, strides, strict=True))
-        piece = op.Slice(rows, _ints(first), _ints(first + length), _ints(1))
-        products.append(op.ReduceSum(op.MatMul(grad, piece), _ints(0), keepdims=1))
-    all_taps = products[0] if len(products) == 1 else op.Concat(*products, axis=0)
-    apart = op.Reshape(all_taps, _ints(len(products), fan_out, together, fan_in))
+    for first in range(kernel[0]):
+        for rows in moved:
+            piece = op.Slice(rows, _ints(first * row), _ints((first + out[0] + spare) * row), _ints(1))
+            products.append(op.MatMul(grad, piece))
+    total = op.ReduceSum(products[0] if len(products) == 1 else op.Concat(*products, axis=1), _ints(0), keepdims=0)
+    apart = op.Reshape(total, _ints(len(products), fan_out, together, fan_in))
     return op.Reshape(op.Transpose(apart, perm=[1, 3, 0, 2]), _ints(fan_out, fan_in, *kernel))
 
 
@@ -262,7 +276,8 @@ def _batch_norm_backward(
 ) -> Any:
     """dx = w s (dy - mean(dy) - xc s^2 mean(dy xc)) with xc = x - mean(x) and s = 1 / sqrt(var + eps).
 
-    Written as ``A dy + (B xc + C)`` with one value per channel each, the bracket as one BatchNormalization.
+    What xc and the means give is one BatchNormalization. A convolution before it takes the factor w s into its weights
+    instead.
     """
     channels = int(x.shape[1])
     mean = save_mean if training else running_mean
@@ -271,13 +286,14 @@ def _batch_norm_backward(
     total = _sum_per_channel(grad, x)
     along = _sum_per_channel(op.Mul(grad, centred), x)
     gain = scale if weight is None else op.Mul(scale, weight)
-    dx = op.Mul(grad, _per_channel(gain, x))
     if training:
-        share = op.Div(gain, _samples_per_channel(x))
-        slope = op.Neg(op.Mul(op.Mul(share, op.Mul(scale, scale)), along))
-        offset = op.Neg(op.Mul(share, total))
+        share = op.Reciprocal(op.Neg(_samples_per_channel(x)))
+        slope = op.Mul(op.Mul(share, op.Mul(scale, scale)), along)
         zeros, ones = _constant_per_channel(0.0, channels), _constant_per_channel(1.0, channels)
-        dx = op.Add(dx, op.BatchNormalization(centred, slope, offset, zeros, ones, epsilon=0.0))
+        grad = op.Add(grad, op.BatchNormalization(centred, slope, op.Mul(share, total), zeros, ones, epsilon=0.0))
+    dx = op.Mul(grad, _per_channel(gain, x))
+    grad.shape = x.shape
+    dx.meta[_SCALED] = (grad, gain)
     return dx, op.Mul(along, scale), total
 
 
@@ -368,6 +384,11 @@ def _twice(x: Any, height: Any, width: Any) -> Any:
     return op.Pad(large, _ints(0, 0, *missing), None, _ints(2, 3)) if any(missing) else large
 
 
+def _convolution(x: Any, weight: Any, bias: Any, zeros: Any) -> Any:
+    left, right, top, bottom = zeros
+    return op.Conv(x, weight, bias, pads=[top, left, bottom, right])
+
+
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     table = {key: rule for key, rule in decomposition_table.items() if "backward" in str(key)}
     for key in TRANSLATIONS:
@@ -386,6 +407,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.pixel_shuffle.default: _pixel_shuffle,
     aten.pixel_unshuffle.default: _pixel_unshuffle,
+    convolution._opoverload: _convolution,
     twice._opoverload: _twice,
 }
 

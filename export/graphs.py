@@ -24,8 +24,9 @@ from export.layers import check_guide, check_layers
 from export.model import GraphInput, GraphPlan
 from export.optimizer import Optimizer, initial_state, step
 from export.partition import before_inputs, for_outputs
-from export.rewrite import cheap_gradient
-from server_sdk.reference.perturbation import Perturbation, front_input, perturb
+from export.rewrite import cheap_gradient, cheap_guide, folded, from_blocks, guide_on_blocks
+from server_sdk.reference.guide import Guide
+from server_sdk.reference.perturbation import Perturbation, front_input, perturb, space_to_depth
 
 __all__ = ["GraphSet", "Optimizer", "StepGraphs", "build_graphs"]
 
@@ -135,8 +136,12 @@ class _Builder:
         self.optimizer = optimizer
         self.front = _bare_copy(front)
         self.pulled = None if optimizer is None else cheap_gradient(self.front)
-        self.settled = copy.deepcopy(self.front).eval()
-        self.guide = None if guide is None or perturbation is None else _bare_copy(guide).eval()
+        self.settled = folded(self.front)
+        guide = None if guide is None or perturbation is None else _bare_copy(guide).eval()
+        self.on_blocks = type(guide) is Guide
+        if type(guide) is Guide:
+            guide = guide_on_blocks(guide)
+        self.guide = None if guide is None else cheap_guide(guide)
         self.parameters = {name: p.detach() for name, p in self.front.named_parameters()}
         self.statistics = {name: b.detach() for name, b in self.front.named_buffers()}
         self.state = {} if optimizer is None else initial_state(optimizer, self.parameters)
@@ -212,10 +217,18 @@ class _Builder:
         if self.guide is None or self.perturbation is None:
             return front_input(tensors["x"], None, self.downsample), {}
         guide = functools.partial(functional_call, self.guide, _group(tensors, "guide."))
-        how = self.perturbation.normalisation
-        result = perturb(guide, tensors["x"], tensors["label"], normalisation=how, epsilon=tensors["epsilon"])
-        seen = front_input(result.perturbed, result.map if self.perturbation.map_channel else None, self.downsample)
-        return seen, {"perturbed": result.perturbed, "map": result.map, "guide": result.guide}
+        x, how = tensors["x"], self.perturbation.normalisation
+        given = space_to_depth(x) if self.on_blocks else x
+        result = perturb(guide, given, tensors["label"], normalisation=how, epsilon=tensors["epsilon"])
+        perturbed, scaled, downsample = result.perturbed, result.map, self.downsample
+        if self.on_blocks:
+            scaled = from_blocks(result.map)
+            perturbed = (x + scaled).clamp(0.0, 1.0)
+        shown = {"perturbed": perturbed, "map": scaled, "guide": result.guide}
+        if self.on_blocks and downsample == 2:
+            # the front wants the very blocks that the map was made on
+            perturbed, scaled, downsample = result.perturbed, result.map, 1
+        return front_input(perturbed, scaled if self.perturbation.map_channel else None, downsample), shown
 
     def _activations_like(self, example: Tensor) -> Tensor:
         scaled = example if self.perturbation is not None and self.perturbation.map_channel else None

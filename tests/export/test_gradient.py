@@ -187,6 +187,9 @@ BY_TAPS = {
     "pointwise": Case(lambda: nn.Conv2d(8, 3, 1), (8, 4, 5)),
     "signal": Case(lambda: nn.Conv1d(8, 4, 5, padding=2), (8, 11)),
     "signal_thin": Case(lambda: nn.Conv1d(2, 4, 4), (2, 9)),
+    "aligned": Case(lambda: nn.Conv2d(9, 4, 3, padding=1), (9, 32, 32)),
+    "aligned_thin": Case(lambda: nn.Conv2d(3, 4, (3, 2)), (3, 34, 33)),
+    "aligned_signal": Case(lambda: nn.Conv1d(8, 4, 3, padding=1), (8, 1024)),
 }
 
 
@@ -205,7 +208,7 @@ def test_weight_gradients_of_large_grids_match_autograd(run_fast, run, close, mo
 def test_only_large_grids_are_done_by_taps() -> None:
     cases = {
         "large": Case(lambda: nn.Conv2d(16, 2, 3, padding=1), (16, 32, 32)),
-        "small": Case(lambda: nn.Conv2d(16, 2, 3, padding=1), (16, 14, 14)),
+        "small": Case(lambda: nn.Conv2d(16, 2, 3, padding=1), (16, 10, 10)),
     }
     kinds = {
         name: [node.op_type for node in onnx.load_from_string(graph).graph.node]
