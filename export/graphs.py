@@ -96,13 +96,15 @@ def build_graphs(
 
     Raises:
         ExportError: a layer without a known gradient graph (named), a front or guide that does not take the
-            input, a missing guide.
+            input, a missing guide, nothing to train.
     """
     if perturbation is not None and guide is None:
         raise ExportError("a perturbation needs a guide: fit one with server_sdk.reference.guide.fit_guide")
     if downsample not in (1, 2):
         raise ExportError(f"downsample is {downsample}: use 1 or 2")
     check_layers(front, frozen=frozen)
+    if not frozen and not any(True for _ in front.parameters()):
+        raise ExportError("the front has no weights to train: place the cut behind a layer that has some")
     if guide is not None and perturbation is not None:
         check_guide(guide)
     builder = _Builder(front, guide, tuple(input_shape), perturbation, downsample, None if frozen else optimizer, noise)

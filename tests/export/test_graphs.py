@@ -430,6 +430,7 @@ def test_a_perturbation_needs_a_guide() -> None:
         (nn.ReLU(), 3, "downsample is 3"),
         (nn.Sequential(nn.Conv2d(2, 3, 3)), 1, r"does not take the input \(1, 8, 8\)"),
         (nn.Sequential(nn.Conv2d(1, 3, 3), nn.Dropout(0.1)), 1, r"layer '1' \(Dropout\)"),
+        (nn.Sequential(nn.MaxPool2d(2), nn.ReLU()), 1, "the front has no weights to train: place the cut behind"),
     ],
 )
 def test_what_cannot_be_built_is_named(front: nn.Module, downsample: int, message: str) -> None:
