@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.bundle import load_bundle
 from edge_sdk.bundle_store import BundleStore
-from edge_sdk.console import add_debug
+from edge_sdk.console import add_debug, add_public_key, public_key_of
 from edge_sdk.errors import ConfigError
-from edge_sdk.signing import PUBLIC_KEY_VARIABLE, public_key_from
 from edge_sdk.verification import Verification, verify
 
-__all__ = ["COMMANDS", "EXAMPLES", "add_bundle_commands", "add_public_key", "run_bundle_command"]
+__all__ = ["COMMANDS", "EXAMPLES", "add_bundle_commands", "run_bundle_command"]
 
 COMMANDS = ("verify", "install", "rollback")
 EXAMPLES = """\
@@ -26,17 +24,6 @@ EXAMPLES = """\
   psgl-edge rollback --store /var/lib/psgl
 """
 _MOST_RUNS = 100_000
-
-
-def add_public_key(parser: argparse.ArgumentParser) -> None:
-    """Add ``--public-key``."""
-    parser.add_argument(
-        "--public-key",
-        type=Path,
-        metavar="FILE",
-        help="use bundles only that are signed with this key (PEM; needs psgl[secure]); else the file that "
-        f"{PUBLIC_KEY_VARIABLE} names, if it is set",
-    )
 
 
 def add_bundle_commands(commands: Any) -> None:
@@ -78,7 +65,7 @@ def run_bundle_command(arguments: argparse.Namespace) -> int:
         return _verify(arguments)
     store = BundleStore(arguments.store)
     if arguments.command == "install":
-        installed = store.install(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
+        installed = store.install(arguments.bundle, public_key=public_key_of(arguments))
         print(f"{store.current}: bundle {installed.id}")
     else:
         print(f"{store.current}: bundle {store.rollback().id}")
@@ -88,9 +75,7 @@ def run_bundle_command(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.runs <= _MOST_RUNS:
         raise ConfigError(f"--runs is 1 to {_MOST_RUNS}")
-    found = verify(
-        load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ)), runs=arguments.runs
-    )
+    found = verify(load_bundle(arguments.bundle, public_key=public_key_of(arguments)), runs=arguments.runs)
     print(json.dumps({"passed": found.passed, **asdict(found)}) if arguments.json else _table(found))
     return 0 if found.passed else 1
 

@@ -13,9 +13,17 @@ from typing import Any
 from edge_sdk.bundle import Bundle
 from edge_sdk.bundle_commands import COMMANDS as BUNDLE_COMMANDS
 from edge_sdk.bundle_commands import EXAMPLES as BUNDLE_EXAMPLES
-from edge_sdk.bundle_commands import add_bundle_commands, add_public_key, run_bundle_command
+from edge_sdk.bundle_commands import add_bundle_commands, run_bundle_command
 from edge_sdk.config import load_config
-from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, run, stop_on_signals
+from edge_sdk.console import (
+    add_broker_options,
+    add_debug,
+    add_public_key,
+    connection_from,
+    new_parser,
+    run,
+    stop_on_signals,
+)
 from edge_sdk.dataset import Dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory

@@ -1,4 +1,4 @@
-"""What the three command lines share: broker options, one-line errors, exit codes.
+"""What the three command lines share: options of broker and public key, one-line errors, exit codes.
 
 Exit codes: 0 done, 2 cannot go on (one line says why and what to do), 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -15,10 +15,21 @@ from pathlib import Path
 from types import FrameType
 
 from edge_sdk.errors import ConfigError, PsglError
+from edge_sdk.signing import PUBLIC_KEY_VARIABLE, PublicKey, public_key_from
 from edge_sdk.transport import Connection
 from edge_sdk.version import __version__
 
-__all__ = ["add_broker_options", "add_debug", "connection_from", "new_parser", "require", "run", "stop_on_signals"]
+__all__ = [
+    "add_broker_options",
+    "add_debug",
+    "add_public_key",
+    "connection_from",
+    "new_parser",
+    "public_key_of",
+    "require",
+    "run",
+    "stop_on_signals",
+]
 
 
 def new_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -39,6 +50,26 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show Python's traceback on an error"
     )
+
+
+def add_public_key(parser: argparse.ArgumentParser) -> None:
+    """Add ``--public-key``."""
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="use bundles only that are signed with this key (PEM; needs psgl[secure]); else the file that "
+        f"{PUBLIC_KEY_VARIABLE} names, if it is set",
+    )
+
+
+def public_key_of(arguments: argparse.Namespace) -> PublicKey | None:
+    """The public key of ``add_public_key``'s option, or of the environment; None where none is configured.
+
+    Raises:
+        ConfigError: as `PublicKey`.
+    """
+    return public_key_from(arguments.public_key, os.environ)
 
 
 def add_broker_options(parser: argparse.ArgumentParser) -> None:

@@ -14,11 +14,11 @@ from edge_sdk.budget import Budget
 from edge_sdk.bundle import Bundle, load_bundle
 from edge_sdk.bundle_store import BundleStore
 from edge_sdk.client import EdgeClient
+from edge_sdk.console import public_key_of
 from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError, ConfigError
 from edge_sdk.front import FrontState
 from edge_sdk.sealing import load_key
-from edge_sdk.signing import public_key_from
 from edge_sdk.sources import csv_samples, npz_windows, python_samples
 from edge_sdk.sqlite_state import SqliteState, forget
 from edge_sdk.state import OutboxLimits, State
@@ -139,7 +139,7 @@ def updates_of(arguments: argparse.Namespace) -> Updates | None:
         return None
     if arguments.bundle is not None:
         raise ConfigError("give a bundle or --store, not both: psgl-edge install puts a bundle into a store")
-    key = public_key_from(arguments.public_key, os.environ)
+    key = public_key_of(arguments)
     return Updates(BundleStore(arguments.store), key, arguments.update, 1e6 * arguments.update_mb)
 
 
@@ -174,7 +174,7 @@ def read_bundle(arguments: argparse.Namespace) -> Bundle:
     check_name(arguments.fleet), check_name(arguments.device)
     updates = updates_of(arguments)
     if updates is None:
-        bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
+        bundle = load_bundle(arguments.bundle, public_key=public_key_of(arguments))
     else:
         bundle = updates.store.load(public_key=updates.public_key)
     if not 1024 <= arguments.chunk_bytes <= 1 << 20:

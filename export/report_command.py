@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.bundle_commands import add_public_key
-from edge_sdk.console import add_debug, require
+from edge_sdk.console import add_debug, add_public_key, public_key_of, require
 from edge_sdk.dataset import load_dataset
 from edge_sdk.errors import ConfigError
-from edge_sdk.signing import public_key_from
 
 if TYPE_CHECKING:
     from export.report import Report
@@ -58,7 +55,7 @@ def add_report(commands: Any) -> None:
 def report(arguments: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     require("export", "torch", "onnx", "onnxscript", "torchmetrics")
-    key = public_key_from(arguments.public_key, os.environ)
+    key = public_key_of(arguments)
     if arguments.int8 and arguments.data is None:
         raise ConfigError("--int8 is measured on samples: add --data")
     # torch takes seconds to import: only once the options are known to be good.

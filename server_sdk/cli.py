@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,12 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk.bundle import load_bundle
-from edge_sdk.bundle_commands import add_public_key
-from edge_sdk.console import add_broker_options, add_debug, connection_from, new_parser, require, run, stop_on_signals
+from edge_sdk.console import (
+    add_broker_options,
+    add_debug,
+    add_public_key,
+    connection_from,
+    new_parser,
+    public_key_of,
+    require,
+    run,
+    stop_on_signals,
+)
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 from edge_sdk.paho_transport import PahoTransport
-from edge_sdk.signing import public_key_from
 from server_sdk.audit.command import add_allow_model, add_audit, audit
 from server_sdk.plan import TrainingPlan, fronts_for
 
@@ -247,7 +254,7 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least {least}")
     if arguments.resume and arguments.fresh:
         raise ConfigError("--resume and --fresh contradict each other: give one of them")
-    bundle = load_bundle(arguments.bundle, public_key=public_key_from(arguments.public_key, os.environ))
+    bundle = load_bundle(arguments.bundle, public_key=public_key_of(arguments))
     fronts = fronts_for(bundle.manifest, arguments.fronts)
     if fronts == "frozen" and arguments.durability != "log":
         raise ConfigError("--fronts frozen trains from the log: leave out --durability")

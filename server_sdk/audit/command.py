@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from edge_sdk.batch import as_batch
 from edge_sdk.bundle import load_bundle
-from edge_sdk.bundle_commands import add_public_key
-from edge_sdk.console import add_debug, require
+from edge_sdk.console import add_debug, add_public_key, public_key_of, require
 from edge_sdk.dataset import load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
-from edge_sdk.signing import public_key_from
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -117,7 +115,7 @@ def audit(arguments: argparse.Namespace) -> int:
     if arguments.protocols not in (None, "P1", "P1,P2"):
         raise ConfigError("--protocols is P1 or P1,P2: attacks run on what P1 trains")
     paths = [arguments.bundle, *arguments.beside]
-    key = public_key_from(arguments.public_key, os.environ)
+    key = public_key_of(arguments)
     manifests = [load_bundle(path, public_key=key).manifest for path in paths]
     signal = len(manifests[0].input_shape) == 2 or None
     dataset = load_dataset(arguments.data, signal=signal)
