@@ -35,9 +35,10 @@ def untrained_bundle(folder: Path, profile: str) -> Path:
     """Build ``<profile>.psgl`` in a folder, the same weights each time; returns its path."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    options = BuildOptions(profile, SHAPE, class_names(CLASSES))
-    network = build(model_of(options), 0) if PROFILES[profile].frozen else None
-    guide = None if PROFILES[profile].perturbation is None else Guide(SHAPE, CLASSES)
+    frozen = PROFILES[profile].frozen
+    options = BuildOptions(profile, SHAPE, class_names(CLASSES), offline_guide=frozen)
+    network = build(model_of(options), 0) if frozen else None
+    guide = Guide(SHAPE, CLASSES) if frozen or PROFILES[profile].perturbation is not None else None
     return build_bundle(folder / f"{profile}.psgl", options, guide, network=network).bundle
 
 
