@@ -15,9 +15,12 @@ import numpy.typing as npt
 
 from edge_sdk.errors import BundleError
 
-__all__ = ["compacted", "expanded"]
+__all__ = ["ZERO_POINT", "compacted", "expanded"]
 
-_ZERO, _MOST = 128, 127
+ZERO_POINT = 128
+"""What stands for 0."""
+
+_MOST = 127
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
@@ -35,7 +38,7 @@ def compacted(tensors: Tensors) -> dict[str, npt.NDArray[Any]]:
         rows = np.abs(array).reshape(len(array), -1).max(axis=1)
         scale = np.where(rows > 0, rows / np.float32(_MOST), np.float32(1.0)).astype(np.float32)
         steps = np.rint(array / _along(scale, array)).clip(-_MOST, _MOST)
-        kept[name] = (steps + _ZERO).astype(np.uint8)
+        kept[name] = (steps + ZERO_POINT).astype(np.uint8)
         kept[f"q.{name[2:]}"] = scale
     return kept
 
@@ -59,7 +62,7 @@ def expanded(tensors: Tensors) -> dict[str, npt.NDArray[Any]]:
             raise BundleError(f"initial tensor {name!r} is in 8 bits and has no scale for each row: export it again")
         if not (np.isfinite(scale).all() and (scale > 0).all()):
             raise BundleError(f"the scales of initial tensor {name!r} are no positive numbers: export it again")
-        found[name] = (array.astype(np.float32) - np.float32(_ZERO)) * _along(scale, array)
+        found[name] = (array.astype(np.float32) - np.float32(ZERO_POINT)) * _along(scale, array)
     if scales:
         raise BundleError(f"scales of {sorted(scales)[0]!r} belong to no parameter in 8 bits: export it again")
     return found

@@ -134,6 +134,9 @@ def build_bundle(
             "training goes on from exact ones"
         )
     compact = _rounded(front) if options.weight_bits == 8 else {}
+    aside: bytes | None = None
+    if options.offline_guide and perturbation is None:
+        guide, aside = _offline(guide, options)
     _check_bound(front, wanted.bound)
     _check_halves(whole, front, back, options, perturbation)
     graphs = build_graphs(
@@ -146,8 +149,7 @@ def build_bundle(
         noise=wanted.noise > 0,
         frozen=wanted.frozen,
     )
-    if options.offline_guide and perturbation is None:
-        graphs = replace(graphs, guide=_offline(guide, options))
+    graphs = replace(graphs, guide=aside)
     facts = facts_of(graphs.by_name, graphs.tensors, perturbation.epsilon if perturbation else 0.0)
     worst = max(
         check_parity(
@@ -205,10 +207,13 @@ def build_bundle(
     return Built(out, beside, bundle_id, worst)
 
 
-def _offline(guide: nn.Module | None, options: BuildOptions) -> bytes:
+def _offline(guide: nn.Module | None, options: BuildOptions) -> tuple[nn.Module, bytes]:
+    """A guide that only decides, rounded as the front is, and its graph."""
     if guide is None:
         raise ExportError("a guide that decides without a server: give build_bundle one, from prepare_guide")
-    return guide_graph(guide, options.input_shape)
+    guide = copy.deepcopy(guide).eval()
+    compact = _rounded(guide) if options.weight_bits == 8 else None
+    return guide, guide_graph(guide, options.input_shape, compact)
 
 
 def _settings(options: BuildOptions, profile: Profile) -> tuple[Profile, tuple[float, float] | None]:
@@ -308,11 +313,11 @@ def _files(graphs: GraphSet, compact: Mapping[str, npt.NDArray[Any]]) -> dict[st
     return {**named, INITIAL: pack_tensors({**graphs.tensors, **compact})}
 
 
-def _rounded(front: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    """Give a front the weights that 8 bits can say, and say them."""
-    said = compacted({f"p.{name}": value.detach().numpy() for name, value in front.named_parameters()})
+def _rounded(network: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Give a network the weights that 8 bits can say, and say them."""
+    said = compacted({f"p.{name}": value.detach().numpy() for name, value in network.named_parameters()})
     exact = expanded(said)
     with torch.no_grad():
-        for name, value in front.named_parameters():
+        for name, value in network.named_parameters():
             value.copy_(torch.from_numpy(exact[f"p.{name}"]))
     return said

@@ -108,8 +108,13 @@ def cost_of(graph: bytes, feed: Mapping[str, npt.NDArray[Any]]) -> Cost:
     weights = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     fronts = {value.name for value in model.graph.input if value.name[:2] in ("p.", "b.")}
     floats = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and t.dims}
+    built_in = (node for node in model.graph.node if weights.keys() >= {*node.input})
+    expanded = {node.output[0]: node for node in built_in if node.op_type == "DequantizeLinear"}
+    floats |= {node.input[0] for node in expanded.values()}
+    floats -= {node.input[1] for node in expanded.values()}
     parameters = sum(weights[name] for name in floats) + sum(math.prod(shapes[name][0]) for name in fronts)
-    lasting = weights.keys() | fronts | {value.name for value in model.graph.input if value.name.startswith("s.")}
+    states = {value.name for value in model.graph.input if value.name.startswith("s.")}
+    lasting = weights.keys() | expanded.keys() | fronts | states
     return Cost(
         macs=sum(_macs(node, shapes) for node in model.graph.node),
         parameters=parameters,
@@ -161,7 +166,7 @@ def _peak(graph: onnx.GraphProto, shapes: _Shapes, lasting: set[str]) -> int:
     alive = {value.name for value in graph.input if value.name not in lasting}
     peak = sum(shapes[name][1] for name in alive)
     for at, node in enumerate(graph.node):
-        alive |= {name for name in node.output if name}
+        alive |= {name for name in node.output if name} - lasting
         peak = max(peak, sum(shapes[name][1] for name in alive))
         alive = {name for name in alive if last.get(name, -1) > at}
     return peak

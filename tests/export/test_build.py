@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,18 @@ def test_switches_that_cannot_be(options: dict[str, Any], words: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_in_8_bits_are_those_of_every_graph(tmp_path: Path) -> None:
+def test_weights_in_8_bits_are_those_of_every_graph(tmp_path: Path, guide: Guide) -> None:
+    before = copy.deepcopy(guide.state_dict())
     whole, small = (
-        build_bundle(tmp_path / f"{bits}.psgl", replace(FROZEN, weight_bits=bits), None, network=build(HARDENED, 5))
+        build_bundle(
+            tmp_path / f"{bits}.psgl",
+            replace(FROZEN, weight_bits=bits, offline_guide=True),
+            guide,
+            network=build(HARDENED, 5),
+        )
         for bits in (32, 8)
     )
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
     exact, rounded = load_bundle(whole.bundle), load_bundle(small.bundle)
     assert small.bundle.stat().st_size < 0.7 * whole.bundle.stat().st_size and small.worst_error < 1e-3
     assert small.back.read_bytes() == whole.back.read_bytes()
@@ -176,6 +184,13 @@ def test_weights_in_8_bits_are_those_of_every_graph(tmp_path: Path) -> None:
         assert np.abs(found - tensor).max() <= np.abs(tensor).max() / 250
         assert (found == tensor).all() == (name[:2] != "p." or tensor.ndim < 2), name
     assert verify(rounded, runs=1).passed
+    assert len(rounded.graphs["guide"]) < 0.5 * len(exact.graphs["guide"])
+    assert rounded.manifest.costs == exact.manifest.costs
+    x = np.random.default_rng(0).random((7, 1, 8, 8), np.float32)
+    fronts = (Front(bundle, noise_key=bytes(32)) for bundle in (exact, rounded))
+    said, roughly = (front.guide(front.forward(front.initial_state(), x, None, training=False)) for front in fronts)
+    assert said is not None and roughly is not None
+    assert 0 < np.abs(said - roughly).max() < 0.05 * np.abs(said).max()
 
 
 @pytest.mark.parametrize(("profile", "bits"), [("vanilla", 8), ("hardened", 4)])
