@@ -28,7 +28,7 @@ from edge_sdk.compact import expanded
 from edge_sdk.errors import BundleError, WireError
 from edge_sdk.manifest import FORMAT, FORMAT_VERSION, Manifest, document_of, parse_manifest
 from edge_sdk.signing import SIGNATURE_BYTES, PublicKey, SigningKey
-from edge_sdk.vectors import unpack_vectors
+from edge_sdk.vectors import ORDER, unpack_vectors
 
 __all__ = ["FORMAT_VERSION", "Bundle", "Manifest", "load_bundle", "write_bundle"]
 
@@ -48,7 +48,6 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # an LZMA header alone can ask for 4 GiB
 # What zipfile raises, by design or not, on bytes that are no archive.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
-_EVERY_GRAPH = ("train", "infer", "prepare", "backward", "guide")
 _REMEDY = "export it again with psgl-export build, or copy it again"
 
 
@@ -101,7 +100,7 @@ def write_bundle(
     for needed in _needed(manifest):
         if needed not in files:
             raise BundleError(f"a bundle needs {needed}")
-    for graph in _EVERY_GRAPH:
+    for graph in ORDER:
         if graph not in manifest.graphs and f"{graph}.onnx" in files:
             raise BundleError(f"the manifest knows nothing of {graph}.onnx, or its front is frozen")
     hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
