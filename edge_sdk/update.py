@@ -11,6 +11,7 @@ import errno
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO
@@ -30,6 +31,7 @@ PART_BYTES = 61440
 """Of one part: with its envelope below the default chunk, and on a slow link there before the question is repeated."""
 
 _TELLS = 10  # how often the log says how far a fetch is
+_RETRY_S = 300.0  # after which a disk that refused is tried again
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Updater:
         self._station = station
         self._updates = updates
         self._fetch: _Fetch | None = None
-        self._refused: tuple[tuple[str, str], str] | None = None
+        self._refused: tuple[tuple[str, str], str, float] | None = None
 
     def advance(self, wait_s: float) -> str:
         """Come one step nearer to the bundle that the server announces; to be called again until it runs here.
@@ -97,7 +99,7 @@ class Updater:
 
         Returns:
             Empty, or why this device will not follow that announcement. It is not fetched again until the server is
-            another, or announces another.
+            another, or announces another; where the store's disk refused, for five minutes.
 
         Raises:
             StateError: the disk refuses the device's state.
@@ -107,7 +109,7 @@ class Updater:
         goal = plan.bundle, plan.server
         if not self._updates.follow:
             return "start it with --update to follow"
-        if self._refused is not None and self._refused[0] == goal:
+        if self._refused is not None and self._refused[0] == goal and time.monotonic() < self._refused[2]:
             return self._refused[1]
         loaded: list[Loaded] = []
 
@@ -122,8 +124,10 @@ class Updater:
                 if file is None:
                     return ""
                 self._updates.store.install(file, public_key=self._updates.public_key, check=check)
-        except (BundleError, RefusedError, StateError) as exc:
-            return self._refuse(goal, str(exc))
+        except StateError as exc:
+            return self._refuse(goal, str(exc), time.monotonic() + _RETRY_S)
+        except (BundleError, RefusedError) as exc:
+            return self._refuse(goal, str(exc), math.inf)
         self.drop()
         self._switch(loaded[-1])
         return ""
@@ -249,9 +253,9 @@ class Updater:
         except OSError as exc:
             raise StateError(f"{folder} cannot be written: {exc.strerror or exc}") from exc
 
-    def _refuse(self, goal: tuple[str, str], why: str) -> str:
+    def _refuse(self, goal: tuple[str, str], why: str, until_s: float) -> str:
         self.drop()
-        self._refused = goal, f"bundle {goal[0]} was refused: {why}"
+        self._refused = goal, f"bundle {goal[0]} was refused: {why}", until_s
         warn("update-refused", bundle=goal[0], why=why)
         self._station.exchange.note(update=self._refused[1])
         return self._refused[1]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_sdk import topics
+from edge_sdk import topics, update
 from edge_sdk.budget import Budget
 from edge_sdk.bundle import MANIFEST, Bundle, load_bundle, write_bundle
 from edge_sdk.bundle_store import BundleStore
@@ -255,6 +255,21 @@ def test_a_store_that_takes_nothing_leaves_the_device_as_it_is(
                 client.start(wait_s=5)
             assert client.infer(X).by == "guide"
     assert store.names() == (made["a"].bundle.id, None)
+
+
+def test_a_store_that_has_room_again_takes_the_bundle(
+    made: dict[str, Made], store: BundleStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, new = MemoryBroker(), made["b"]
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    monkeypatch.setattr(update, "_RETRY_S", 0.0)
+    with scripted_server(broker, new.bundle.id, handing_out(new.data)):
+        with client_of(broker, made["a"].bundle, store, folder) as client:
+            with pytest.raises(RefusedError, match="No space left"):
+                client.start(wait_s=5)
+            monkeypatch.undo()
+            client.start(wait_s=5)
+            assert client.bundle.id == new.bundle.id and client.station.exchange._status["update"] == ""
 
 
 def test_a_state_that_takes_nothing_leaves_the_old_bundle_running(
