@@ -220,6 +220,13 @@ def _map(value: object) -> dict[str, Any]:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
         raise ValueError(f"{value!r} is not a number")
+    return _exactly(value)
+
+
+def _exactly(value: int | float) -> float:
+    """As a float; an integer that no float says would silently become another number."""
+    if float(value) != value:
+        raise ValueError(f"{value!r} has more digits than a float64")
     return float(value)
 
 
@@ -251,7 +258,7 @@ def _range(value: object) -> tuple[float, float] | None:
     numbers = [each for each in _list(value) if isinstance(each, int | float) and not isinstance(each, bool)]
     if len(numbers) != 2 or len(_list(value)) != 2 or not np.isfinite(numbers).all() or numbers[0] >= numbers[1]:
         raise ValueError(f"{value!r} is not a range")
-    return float(numbers[0]), float(numbers[1])
+    return _exactly(numbers[0]), _exactly(numbers[1])
 
 
 def _count(value: object) -> int:
