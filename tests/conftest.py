@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from edge_sdk.batch import Samples
@@ -26,6 +27,10 @@ from server_sdk.trainer import Trainer
 
 SHAPE = (1, 8, 8)
 CLASSES = 3
+
+# The same examples in every run; pytest --hypothesis-profile=default draws others, make fuzz very many.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 def pytest_configure() -> None:
