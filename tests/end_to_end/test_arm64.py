@@ -27,7 +27,7 @@ def test_every_graph_agrees_under_qemu(tmp_path: Path) -> None:
     assert "aarch64 Python 3.11" in done.stdout
     found = json.loads((tmp_path / "arm64" / "verify.json").read_text())
     graphs = {profile: [check["graph"] for check in each["checks"]] for profile, each in found.items()}
-    assert graphs == {"paper": ["infer", "train", "prepare", "backward"], "hardened": ["infer"]}
+    assert graphs == {"paper": ["infer", "train", "prepare", "backward"], "hardened": ["infer", "guide"]}
     errors = [
         check["worst_error"] for each in found.values() for check in each["checks"] if check["graph"] != "prepare"
     ]
