@@ -253,12 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", choices=("auto", "mosquitto", "amqtt"), default="auto", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=1883, help="on 127.0.0.1, 0 for a free one; default: %(default)s")
     options = parser.parse_args(arguments)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     try:
         with EmbeddedBroker(options.kind, options.port) as broker:
             print(f"{broker.kind} listens on {broker.host}:{broker.port}; Ctrl-C ends it", flush=True)
-            ended = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: ended.set())
             while broker.alive and not ended.wait(0.2):
                 continue
             if not ended.is_set():
