@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
-import random
 import threading
 import time
 from collections import Counter, deque
@@ -18,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_sdk import topics
+from edge_sdk.announced import Announced
 from edge_sdk.budget import Allowance
 from edge_sdk.errors import RefusedError, TransportError, WireError
 from edge_sdk.plan import Plan, plan_of, refuse_version
+from edge_sdk.resending import Resending
 from edge_sdk.state import OutboxStep
 from edge_sdk.transport import Received, Transport, Will
 from edge_sdk.version import __version__
@@ -38,7 +39,6 @@ __all__ = ["Exchange", "Reply", "Traffic"]
 
 _NO_RUN = ""
 _REPLIES = ("gradient", "stored", "synchronised", "decision", "part", "refused")
-_LONGEST_PAUSE = 8  # times the first one
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,6 @@ class Traffic:
     bytes_received: int = 0
     resent: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
-class _Waiting:
-    """A step without its reply."""
-
-    outbox: OutboxStep
-    pause_s: float
-    resend_at: float = 0.0
-    sent: int = 0
 
 
 class Exchange:
@@ -124,22 +114,16 @@ class Exchange:
         self._model_topic = topics.down_model(fleet)
         self._session = session
         self._bundle = bundle
-        self._resend_s = resend_s
-        self._give_up_s = give_up_s
         self._limits = Limits()
         self._assembler = Assembler(self._limits)
         self._generation = -1
         self._refused = 0
-        self._heard = 0.0
-        self._waiting: dict[int, _Waiting] = {}
+        self._announced = Announced()
+        self._waiting = Resending(resend_s=resend_s, give_up_s=give_up_s, allowance=allowance)
         self._arrived: deque[Reply] = deque()
         self._taken: deque[Received] = deque()
         self._status: dict[str, Any] = {"status": "online"}
         self._interrupted = threading.Event()
-        self._joined = False
-        self._next: Plan | None = None  # the announcement that ended the run
-        self._left: Plan | None = None  # the one that was left
-        self.plan: Plan | None = None
         self.traffic = Traffic()
 
     def open(self, wait_s: float, run: str = "") -> Plan:
@@ -176,7 +160,8 @@ class Exchange:
         Raises:
             TransportError: the broker refuses a subscription.
         """
-        self._transport, self.plan, self._next, self._left, self._joined = transport, None, None, None, False
+        self._transport = transport
+        self._announced.begin()
         self._generation, self._refused = -1, transport.refused_messages
         self._assembler = Assembler(self._limits)
         self._waiting.clear()
@@ -187,12 +172,12 @@ class Exchange:
 
     def leave(self) -> None:
         """Forget the server's announcement: the next one is waited for, or taken where it has come, of whatever run."""
-        self._left, self.plan, self._next, self._joined = self.plan, self._next, None, False
+        self._announced.leave()
 
     def change_bundle(self, bundle: str) -> None:
         """From now on this device has another bundle: tell the fleet, and see whether it can join now."""
-        self._bundle, self._joined = bundle, False
-        self.plan = self.plan or self._left
+        self._bundle = bundle
+        self._announced.reconsider()
         self.note()
 
     @property
@@ -201,9 +186,14 @@ class Exchange:
         return self._transport is not None
 
     @property
+    def plan(self) -> Plan | None:
+        """The server's announcement that is followed, or None while one is waited for."""
+        return self._announced.plan
+
+    @property
     def joined(self) -> bool:
         """Whether there is an announcement that this device can follow."""
-        return self._joined
+        return self._announced.joined
 
     @property
     def connected(self) -> bool:
@@ -220,25 +210,17 @@ class Exchange:
         Raises:
             RefusedError, TransportError: see ``open``.
         """
-        self._joined = False
+        self._announced.joined = False
         deadline = time.monotonic() + wait_s
-        while self.plan is None or (self.plan.status == "finished" and self.plan.run != run):
+        while self._announced.awaits(run):
             self._greet()
             self._receive(max(min(1.0, deadline - time.monotonic()), 0.0))
-            over = self.plan is None or (self.plan.status == "finished" and self.plan.run != run)
-            if over and time.monotonic() >= deadline:
+            if self._announced.awaits(run) and time.monotonic() >= deadline:
                 raise TransportError(
                     f"no server announced a run in fleet {self._fleet!r} within {wait_s:g} s: "
                     "start psgl-server train on this broker, with the same --fleet"
                 )
-        if self.plan.bundle != self._bundle:
-            raise RefusedError(
-                "bundle",
-                f"the server trains bundle {self.plan.bundle}, this device has {self._bundle}: "
-                "copy the server's bundle here",
-            )
-        self._joined = True
-        return self.plan
+        return self._announced.join(self._bundle)
 
     def close(self) -> None:
         """Say goodbye and close the transport; never raises."""
@@ -273,7 +255,7 @@ class Exchange:
     @property
     def waiting(self) -> frozenset[int]:
         """Numbers of the steps that were sent and have no reply."""
-        return frozenset(self._waiting)
+        return self._waiting.steps
 
     def send(self, outbox: OutboxStep) -> None:
         """Send a step now and again until its reply comes through ``reply``.
@@ -281,16 +263,13 @@ class Exchange:
         Raises:
             TransportError: a packet that no broker takes.
         """
-        if not self._waiting:
-            self._heard = time.monotonic()
-        self._waiting[outbox.step] = _Waiting(outbox, self._resend_s)
+        self._waiting.add(outbox)
         self._send_due()
 
     def forget(self, steps: Iterable[int]) -> None:
         """Send these steps no more, and keep no reply to them."""
         gone = set(steps)
-        for step in gone:
-            self._waiting.pop(step, None)
+        self._waiting.drop(gone)
         self._arrived = deque(reply for reply in self._arrived if reply.step not in gone)
 
     def reply(self, timeout_s: float) -> Reply | None:
@@ -306,8 +285,7 @@ class Exchange:
                 return self._arrived.popleft()
             self._send_due()
             now = time.monotonic()
-            due = min((each.resend_at for each in self._waiting.values()), default=deadline)
-            self._receive(max(min(0.25, due - now, deadline - now), 0.0))
+            self._receive(max(min(0.25, self._waiting.next_at() - now, deadline - now), 0.0))
             if now >= deadline and not self._arrived:
                 return None
 
@@ -407,11 +385,7 @@ class Exchange:
         if generation != self._generation:
             self._generation = generation
             self.tell()
-            self._hurry()
-
-    def _hurry(self) -> None:
-        for each in self._waiting.values():
-            each.resend_at, each.pause_s = 0.0, self._resend_s
+            self._waiting.hurry()
 
     def _send_due(self) -> None:
         self._greet()
@@ -419,24 +393,8 @@ class Exchange:
             raise TransportError(
                 f"the broker refuses what this device publishes on {self._up_topic}: correct its ACL for this user"
             )
-        now = time.monotonic()
-        for each in tuple(self._waiting.values()):
-            if each.resend_at > now:
-                continue
-            if each.sent and now - self._heard > self._give_up_s:
-                raise TransportError(
-                    f"no reply to step {each.outbox.step} for {self._give_up_s:g} s: "
-                    "is the server up? look at psgl-server's output"
-                )
-            wait_s = 0.0 if self._allowance is None else self._allowance.wait_s(each.outbox.frames_size)
-            if wait_s:
-                each.resend_at = now + min(wait_s, 60.0)  # the clock of the allowance may be set meanwhile
-                continue
-            # Jitter keeps a fleet that lost its broker from coming back in one wave.
-            each.resend_at = now + each.pause_s * random.uniform(1.0, 1.25)
-            each.pause_s = min(2 * each.pause_s, _LONGEST_PAUSE * self._resend_s)
-            self.traffic.resent += each.sent > 0
-            each.sent += 1
+        for each in self._waiting.due():
+            self.traffic.resent += each.sent > 1
             self._send(each.outbox.frames)
 
     def _send(self, frames: tuple[bytes, ...]) -> None:
@@ -484,13 +442,14 @@ class Exchange:
     def _take(self, topic: str, message: Message) -> None:
         if topic == self._model_topic:
             if message.kind == "model":
-                self._heard = time.monotonic()
-                self._note(message)
+                self._waiting.heard()
+                if self._announced.note(plan_of(message)):
+                    self._waiting.hurry()
             return
         waiting = self._waiting.get(message.step) if message.session == self._session else None
         if waiting is None:
             return
-        self._heard = time.monotonic()
+        self._waiting.heard()
         if message.kind == "missing":
             frames = waiting.outbox.frames
             self._send(tuple(frames[index] for index in message.fields["chunks"] if index < len(frames)))
@@ -498,24 +457,8 @@ class Exchange:
             # The server speaks this version, so the frame was damaged on its way: it goes out again.
             self.traffic.rejected["version"] += 1
         elif message.kind in _REPLIES:
-            del self._waiting[message.step]
+            self._waiting.drop([message.step])
             self._arrived.append(Reply(message, message.step, waiting.sent - 1))
-
-    def _note(self, message: Message) -> None:
-        plan = plan_of(message)
-        if self._joined and self.plan is not None:
-            if plan.run != self.plan.run:
-                self._next = plan
-                raise RefusedError(
-                    "run", f"the server trains run {plan.run} now, not {self.plan.run}: start this device again"
-                )
-            if plan.status == "finished":
-                raise RefusedError(
-                    "run", f"the server ended run {self.plan.run}: start psgl-server train, then this device again"
-                )
-            if plan.server != self.plan.server:
-                self._hurry()
-        self.plan = plan
 
 
 def _unless_refused(reply: Reply) -> Reply:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_sdk import cbor, exchange, topics
+from edge_sdk import cbor, exchange, resending, topics
 from edge_sdk.errors import RefusedError, TransportError
 from edge_sdk.exchange import Exchange
 from edge_sdk.state import OutboxStep
@@ -128,8 +128,9 @@ def outbox(step: int = 1, chunk_bytes: int = 65536) -> OutboxStep:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     driven = Clock()
-    monkeypatch.setattr(exchange, "time", driven)
-    monkeypatch.setattr(exchange, "random", SimpleNamespace(uniform=lambda low, high: low))
+    for module in (exchange, resending):
+        monkeypatch.setattr(module, "time", driven)
+    monkeypatch.setattr(resending, "random", SimpleNamespace(uniform=lambda low, high: low))
     assert time.monotonic() != driven.now, "the clock of everybody else goes on"
     return driven
 
