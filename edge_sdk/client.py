@@ -25,7 +25,7 @@ from edge_sdk.state import MemoryState, State
 from edge_sdk.station import Loaded, Station
 from edge_sdk.status import Condition, Status
 from edge_sdk.steps import TrainStep
-from edge_sdk.streaming import WindowDecision, decide_windows
+from edge_sdk.streaming import WindowDecider, WindowDecision
 from edge_sdk.transport import Connection, Transport
 from edge_sdk.update import Updater, Updates
 from edge_sdk.windows import Windowing
@@ -111,7 +111,7 @@ class EdgeClient(Figures):
         self._exchange, self._state = exchange, kept
         again = isinstance(transport, Connection) or callable(transport)
         updater = None if updates is None else Updater(self._station, updates)
-        self._presence = Presence(self._station, again=again, updater=updater)
+        self._presence = Presence(self._station, self.status, again=again, updater=updater)
         self.status.listen(self._tell_condition)
 
     @property
@@ -406,8 +406,7 @@ class EdgeClient(Figures):
             KeyboardInterrupt: after ``interrupt``.
             StateError: the disk refuses, after ``reload``.
         """
-        self._exchange.turn()
-        self._presence.refresh()
+        self._presence.turn()
 
     def reload(self) -> None:
         """Go over to the store's current bundle at the next ``turn``; from any thread or a signal handler."""
@@ -424,38 +423,26 @@ class EdgeClient(Figures):
 
     def hang_up(self) -> None:
         """Disconnect until the next question, where the client can connect again."""
-        if self._presence.again and self._exchange.is_open:
-            self.stop()
-            log("disconnected", **self._record(None))
+        self._presence.hang_up()
 
     def pause(self, pause_s: float) -> None:
         """Do nothing for so long, but what ``turn`` does."""
-        deadline = time.monotonic() + pause_s
-        while (left_s := deadline - time.monotonic()) > 0:
-            self.turn()
-            time.sleep(min(left_s, 0.25))
+        self._presence.pause(pause_s)
 
-    def wake(self, wait_s: float | None = None) -> None:
-        """Connect in the background and wait for the first attempt: so long, or None for as long as for a decision."""
-        deadline = time.monotonic() + (self._decision_s if wait_s is None else wait_s)
-        while self._presence.again and not self._exchange.is_open and time.monotonic() < deadline:
-            self.status.enter(Condition.CONNECTING)
-            self.turn()
-            self._presence.dial(0.1)
-            if self._presence.failed:
-                return
+    def wake(self, wait_s: float) -> None:
+        """Connect in the background and wait so long for the first attempt."""
+        self._presence.wake(wait_s)
 
     def _stream(self, backlog: Backlog, most: int) -> Iterator[WindowDecision]:
         try:
-            yield from decide_windows(self, backlog, most=most)
+            yield from WindowDecider(self._station, self._presence, self.status, self.infer).decide(
+                backlog, every_s=self._budget.connect_every_s, wait_s=self._decision_s, most=most
+            )
         finally:
             backlog.close()
 
-    def _record(self, started_s: float | None) -> dict[str, float]:
-        """What every record of the log says of the traffic."""
-        traffic = self.traffic
-        figures: dict[str, float] = {"bytes_sent": traffic.bytes_sent, "bytes_received": traffic.bytes_received}
-        return figures if started_s is None else {**figures, "seconds": time.monotonic() - started_s}
+    def _record(self, started_s: float) -> dict[str, float]:
+        return {**self.traffic.sizes, "seconds": time.monotonic() - started_s}
 
     def _tell_condition(self, condition: Condition) -> None:
         log("state", state=condition.value, why=condition.sentence)

@@ -72,6 +72,11 @@ class Traffic:
     resent: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """What every record of the log says of the traffic."""
+        return {"bytes_sent": self.bytes_sent, "bytes_received": self.bytes_received}
+
 
 class Exchange:
     """Send steps and wait for their replies.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from edge_sdk.errors import RefusedError, TransportError
 from edge_sdk.logs import log, warn
 from edge_sdk.plan import Plan
 from edge_sdk.station import Station
+from edge_sdk.status import Condition, Status
 from edge_sdk.update import Updater
 from edge_sdk.uplink import Uplink
 
@@ -21,13 +24,15 @@ class Presence:
 
     Args:
         station: the device's parts.
+        status: told when the device connects.
         again: the exchange can make a transport anew, so that it may connect by itself and more than once.
         updater: changes the bundle, where the device has a store.
     """
 
-    def __init__(self, station: Station, *, again: bool, updater: Updater | None = None) -> None:
+    def __init__(self, station: Station, status: Status, *, again: bool, updater: Updater | None = None) -> None:
         self.again = again
         self._station = station
+        self._status = status
         self._exchange = station.exchange
         self._updater = updater
         self._asked_to_reload = False  # no Event: a signal handler that comes while its lock is held would hang
@@ -98,25 +103,43 @@ class Presence:
         return "no-server" if self._station.plan.status in _GONE else ""
 
     @property
-    def failed(self) -> bool:
-        """Whether the last attempt to connect in the background came to nothing."""
-        return self._uplink is not None and self._uplink.failed
-
-    @property
     def updating(self) -> bool:
         """Whether a part of another bundle is waited for."""
         return self._updater is not None and self._updater.under_way
 
     def reload(self) -> None:
-        """Have ``refresh`` look at the store; from any thread or a signal handler."""
+        """Have ``turn`` look at the store; from any thread or a signal handler."""
         self._asked_to_reload = True
 
-    def refresh(self) -> None:
-        """Between two steps: run the store's current bundle, after ``reload``.
+    def turn(self) -> None:
+        """Between two steps, at least once a second. See ``EdgeClient.turn``."""
+        self._exchange.turn()
+        self._refresh()
 
-        Raises:
-            StateError: the disk refuses.
-        """
+    def pause(self, pause_s: float) -> None:
+        """Do nothing for so long, but what ``turn`` does."""
+        deadline = time.monotonic() + pause_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            self.turn()
+            time.sleep(min(left_s, 0.25))
+
+    def wake(self, wait_s: float) -> None:
+        """Connect in the background and wait so long for the first attempt."""
+        deadline = time.monotonic() + wait_s
+        while self.again and not self._exchange.is_open and time.monotonic() < deadline:
+            self._status.enter(Condition.CONNECTING)
+            self.turn()
+            self.dial(0.1)
+            if self._uplink is not None and self._uplink.failed:
+                return
+
+    def hang_up(self) -> None:
+        """Disconnect until the next question, where the device can connect again."""
+        if self.again and self._exchange.is_open:
+            self.stop()
+            log("disconnected", **self._exchange.traffic.sizes)
+
+    def _refresh(self) -> None:
         if not self._asked_to_reload:
             return
         self._asked_to_reload = False
