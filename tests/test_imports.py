@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,24 @@ def test_the_edge_imports_nothing_beyond_its_dependencies() -> None:
 def test_one_file_imports_each_package_that_may_change_or_be_absent(package: str) -> None:
     users = {path.name for path in (ROOT / "edge_sdk").rglob("*.py") if package in set(imported(path))}
     assert users <= ONLY_IN[package], users
+
+
+def test_no_files_import_each_other() -> None:
+    files = [path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    drawn = {name: set(own_modules(path, modules)) - {name} for name, path in modules.items()}
+    assert sum(map(len, drawn.values())) > len(files), "hardly anything was drawn"
+    TopologicalSorter(drawn).prepare()  # raises a CycleError that names the circle
+
+
+def own_modules(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """Those of this tree that a file imports, for its types alone or in a function too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(modules)
+            yield from inner or {node.module} & set(modules)
 
 
 def test_a_fresh_process_loads_neither_torch_nor_onnx_for_the_edge() -> None:
