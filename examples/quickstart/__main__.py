@@ -18,7 +18,7 @@ from rich.status import Status
 from edge_sdk.console import new_parser, run
 from edge_sdk.dataset import save_dataset
 from edge_sdk.errors import ConfigError
-from examples.quickstart.data import Division, divide, load
+from examples.quickstart.data import Division, divide, load, open_file
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
 from server_sdk.progress import RunDisplay
@@ -114,6 +114,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         for profile in _PROFILES:
             shutil.rmtree(out / profile, ignore_errors=True)
+        save_dataset(out / "data" / "open.npz", *open_file(division, arguments.seed))
         for number, (train, test) in enumerate(division.shards, start=1):
             save_dataset(out / "data" / f"device-{number}.npz", train, test)
     except OSError as exc:

@@ -14,7 +14,7 @@ from edge_sdk.batch import Samples
 from edge_sdk.dataset import Dataset, load_dataset
 from edge_sdk.errors import BatchError
 
-__all__ = ["Division", "divide", "load"]
+__all__ = ["Division", "divide", "load", "open_file"]
 
 _GUIDE_SHARE = 0.2
 _TEST_SHARE = 0.2
@@ -69,6 +69,13 @@ def divide(name: str, data: Dataset, devices: int, seed: int) -> Division:
     train, guide = _split(data.train, _GUIDE_SHARE, seed)
     shards = zip(_shards(train, devices, seed), _shards(data.test, devices, seed), strict=True)
     return Division(name, data.notes, data.classes, guide, tuple(shards))
+
+
+def open_file(division: Division, seed: int) -> tuple[Samples, Samples]:
+    """The samples that no device has, as (train, test) of a file to build a bundle with; classes may be rare in it."""
+    order = np.random.default_rng(seed).permutation(len(division.guide))
+    test = round(_TEST_SHARE * len(order))
+    return division.guide.take(order[test:]), division.guide.take(order[:test])
 
 
 def _split(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:

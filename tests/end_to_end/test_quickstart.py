@@ -128,6 +128,24 @@ def test_it_leaves_the_promised_figures(finished: tuple[Path, subprocess.Complet
 
 
 @pytest.mark.timeout(300)
+def test_it_leaves_samples_to_build_with_that_no_device_has(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], data: Path
+) -> None:
+    def samples_of(path: Path, part: str) -> set[bytes]:
+        with np.load(path) as archive:
+            return {x.tobytes() for x in archive[f"x_{part}"]}
+
+    folder = finished[0] / "data"
+    opened = {part: samples_of(folder / "open.npz", part) for part in ("train", "test")}
+    assert not opened["train"] & opened["test"]
+    devices = [samples_of(path, part) for path in folder.glob("device-*.npz") for part in ("train", "test")]
+    assert len(devices) == 6 and not any(each & (opened["train"] | opened["test"]) for each in devices)
+    assert len(opened["train"]) == 24 and len(opened["test"]) == 6
+    assert opened["train"] | opened["test"] | set().union(*devices) == samples_of(data, "train") | samples_of(
+        data, "test"
+    )
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     finished: tuple[Path, subprocess.CompletedProcess[str]], data: Path, tmp_path: Path
 ) -> None:
