@@ -17,11 +17,10 @@ from edge_sdk.signing import SigningKey
 from export.model_arguments import add_model, model_options, shape_and_classes
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from export.build import Built
-    from export.harden import Progress, Recipe
+    from export.harden import Recipe
     from export.prepare import Prepared
+    from server_sdk.progress import StageDisplay
 
 __all__ = ["EXAMPLES", "add_build", "build"]
 
@@ -139,7 +138,6 @@ def build(arguments: argparse.Namespace) -> int:
     input_shape, classes = shape_and_classes(arguments, dataset)
     # torch takes seconds to import: only once the options are known to be good.
     import torch
-    from rich.console import Console
 
     from export.build import build_bundle
     from export.options import class_names, perturbation_of, profile_of
@@ -147,6 +145,7 @@ def build(arguments: argparse.Namespace) -> int:
     from export.prepare import Prepared, prepare, recipe_of
     from export.trade_off import LEAST_HELD_OUT
     from server_sdk.audit.division import divide
+    from server_sdk.progress import StageDisplay
 
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     options = model_options(
@@ -176,12 +175,7 @@ def build(arguments: argparse.Namespace) -> int:
             f"least {LEAST_HELD_OUT}"
         )
     recipe = replace(recipe_of(options), flip=arguments.flip, compute=arguments.compute, **given)
-    console = Console(stderr=True)
-    with console.status("preparing") as shown:
-
-        def progress(stage: str, done: int, of: int, loss: float) -> None:
-            shown.update(f"{stage}, {done} of {of}, loss {loss:.4f}")
-
+    with StageDisplay() as display:
         if dataset is None:
             prepared = Prepared(options, None, initial_network(options))
         else:
@@ -189,14 +183,14 @@ def build(arguments: argparse.Namespace) -> int:
             if frozen and perturbed:
                 parts = divide(dataset, foe=_GUIDE_SHARE, seed=arguments.seed)
                 samples, guide_samples = parts.train, parts.auxiliary
-            prepared = prepare(samples, options, recipe, guide_samples=guide_samples, progress=progress)
+            prepared = prepare(samples, options, recipe, guide_samples=guide_samples, progress=display.step)
         if dataset is None or not frozen:
-            shown.update("exporting and checking the graphs")
+            display.stage("exporting and checking the graphs")
             built = build_bundle(
                 arguments.out, prepared.options, prepared.guide, network=prepared.network, sign_key=sign_key
             )
         else:
-            built = _hardened(arguments, dataset, prepared, recipe, console, progress, sign_key)
+            built = _hardened(arguments, dataset, prepared, recipe, display, sign_key)
     print(
         f"{built.bundle}  {built.bundle.stat().st_size / 1e3:.0f} KB, id {built.bundle_id}: for devices and server\n"
         f"{built.back}  {'trained' if frozen else 'initial'} weights of the back: for the server\n"
@@ -210,8 +204,7 @@ def _hardened(
     dataset: Dataset,
     prepared: Prepared,
     recipe: Recipe,
-    console: Console,
-    progress: Progress,
+    display: StageDisplay,
     sign_key: SigningKey | None,
 ) -> Built:
     """Write the bundle, once it is said what it costs and shows."""
@@ -223,7 +216,8 @@ def _hardened(
 
     options, guide, network = prepared.options, prepared.guide, prepared.network
     allowed = options.allow_models
-    plain = None if arguments.no_comparison else train_undefended(dataset.train, options, recipe, progress=progress)
+    plain = None if arguments.no_comparison else train_undefended(dataset.train, options, recipe, progress=display.step)
+    display.stage("exporting, checking and attacking the graphs")
     with tempfile.TemporaryDirectory() as folder:
         trial = build_bundle(Path(folder) / "trial.psgl", options, guide, network=network)
         found = weigh(
@@ -234,7 +228,7 @@ def _hardened(
             seed=arguments.seed,
             allow_models=allowed,
         )
-    console.print(f"trade-off: {found}", highlight=False)
+    display.note(f"trade-off: {found}")
     return build_bundle(arguments.out, options, guide, network=network, sign_key=sign_key)
 
 

@@ -1,16 +1,18 @@
-"""The live display of a run: rounds, loss, accuracy of each stream, bytes, devices and their state.
+"""What long work shows while it goes on: redrawn in place on a terminal, as lines anywhere else.
 
-It draws from the service's events alone, so the same display serves the server's own terminal and whoever reads its
-events from a pipe.
+A run's display draws from the service's events alone, so the same one serves the server's own terminal and whoever
+reads its events from a pipe.
 """
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -23,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["RunDisplay", "megabytes"]
+__all__ = ["RunDisplay", "StageDisplay", "megabytes"]
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _COLOURS = {"online": "cyan", "training": "green", "done": "blue", "offline": "red"}
@@ -39,6 +41,53 @@ def _sparkline(values: list[float], width: int = 40) -> str:
     low, high = min(shown), max(shown)
     scale = (len(_BARS) - 2) / (high - low) if high > low else 0.0
     return "".join(_BARS[1 + round((value - low) * scale)] for value in shown)
+
+
+class StageDisplay:
+    """Show the stages of one command: on a terminal as one line that changes; anywhere else a line for each stage, and
+    one more whenever ``every_s`` have passed in it.
+
+    Args:
+        console: where to draw; standard error by default.
+        every_s: between two lines of one stage.
+    """
+
+    def __init__(self, console: Console | None = None, *, every_s: float = 30.0) -> None:
+        self._console = console or Console(stderr=True)
+        self._status = self._console.status("beginning")
+        self._every_s = every_s
+        self._stage = ""
+        self._said_at = 0.0
+
+    def __enter__(self) -> StageDisplay:
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._status.stop()
+
+    def stage(self, name: str) -> None:
+        """Another stage has begun."""
+        self._show(name, name)
+
+    def step(self, stage: str, done: int, of: int, loss: float) -> None:
+        """The stage has come so far."""
+        self._show(stage, f"{stage}, {done:,} of {of:,}, loss {loss:.4f}")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, stage: str, text: str) -> None:
+        if self._console.is_terminal:
+            self._status.update(escape(text))
+        elif stage != self._stage or time.monotonic() - self._said_at >= self._every_s:
+            self._stage, self._said_at = stage, time.monotonic()
+            self.note(text)
 
 
 class RunDisplay:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.status import Status
 
 from edge_sdk.console import new_parser, run
 from edge_sdk.dataset import save_dataset
@@ -21,7 +20,7 @@ from edge_sdk.errors import ConfigError
 from examples.quickstart.data import Division, divide, load, open_file
 from server_sdk.broker import EmbeddedBroker
 from server_sdk.local_fleet import FleetOptions, FleetRun, run_fleet
-from server_sdk.progress import RunDisplay
+from server_sdk.progress import RunDisplay, StageDisplay
 
 _EXAMPLES = """\
   make demo                                   MNIST, three devices
@@ -149,13 +148,10 @@ def _demo(arguments: argparse.Namespace) -> int:
                     f"{recipe.steps:,} steps of {recipe.batch}",
                     highlight=False,
                 )
-            with console.status(_PREPARING[profile]) as status:
-
-                def report(stage: str, done: int, of: int, loss: float, status: Status = status) -> None:
-                    status.update(f"{stage}: {done} of {of}")
-
-                prepared = prepare(division.guide, options, recipe, progress=report)
-                status.update(f"exporting the {profile} bundle as plain ONNX")
+            with StageDisplay(console) as stages:
+                stages.stage(_PREPARING[profile])
+                prepared = prepare(division.guide, options, recipe, progress=stages.step)
+                stages.stage(f"exporting the {profile} bundle as plain ONNX")
                 built = build_bundle(
                     out / profile / "net.psgl", prepared.options, prepared.guide, network=prepared.network
                 )
@@ -165,7 +161,7 @@ def _demo(arguments: argparse.Namespace) -> int:
                     display.show(event)
             ends.append(time.monotonic())
     shard = division.shards[0]
-    with console.status("a foe learns to rebuild what the first device sends") as status:
+    with StageDisplay(console) as stages:
         rebuilt = attack(
             [out / profile for profile in _PROFILES],
             division.guide,
@@ -173,7 +169,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             rounds=arguments.rounds,
             batch=batch,
             seed=arguments.seed,
-            progress=lambda profile: status.update(f"a foe learns to rebuild what the first device sends: {profile}"),
+            progress=lambda profile: stages.stage(f"a foe learns to rebuild what the first device sends: {profile}"),
         )
     result = compose(runs, rebuilt, division, broker.kind)
     result |= {"seconds": round(ends[1] - began, 1), "hardened_seconds": round(time.monotonic() - ends[1], 1)}

@@ -19,9 +19,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from rich.status import Status
-
     from server_sdk.audit.attacks import Progress
+    from server_sdk.progress import StageDisplay
 
 __all__ = ["add_allow_model", "add_audit", "audit"]
 
@@ -138,6 +137,7 @@ def audit(arguments: argparse.Namespace) -> int:
     from server_sdk.audit.report import compose, write
     from server_sdk.audit.table import print_table
     from server_sdk.audit.trial import Trial
+    from server_sdk.progress import StageDisplay
 
     keep_freed_memory(1 << 30)
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
@@ -150,7 +150,6 @@ def audit(arguments: argparse.Namespace) -> int:
         sends=arguments.sends,
         device=arguments.compute,
     )
-    status = Console(stderr=True)
     divisions = [divide(dataset, foe=arguments.foe, seed=seed) for seed in range(arguments.seeds)]
     findings: list[list[Finding]] = []
     for number, path in enumerate(paths):
@@ -160,8 +159,9 @@ def audit(arguments: argparse.Namespace) -> int:
             for old in (folder, folder.with_name(folder.name + "-p2")):
                 shutil.rmtree(old, ignore_errors=True)
             what = f"{path.name}, seed {seed}"
-            with status.status(f"{what}: training on {len(division.train)} samples") as shown:
-                note = _Note(shown, what)
+            with StageDisplay() as display:
+                display.stage(f"{what}: training on {len(division.train):,} samples")
+                note = _Note(display, what)
                 allowed = tuple(arguments.allow_model)
                 trial = Trial(path, folder, arguments.rounds, arguments.batch, seed, allow_models=allowed)
                 found = find(
@@ -189,10 +189,10 @@ def audit(arguments: argparse.Namespace) -> int:
 
 
 class _Note:
-    """Progress of one bundle and seed on the terminal."""
+    """Progress of one bundle and seed."""
 
-    def __init__(self, shown: Status, what: str) -> None:
-        self._shown = shown
+    def __init__(self, display: StageDisplay, what: str) -> None:
+        self._display = display
         self._what = what
 
     def event(self, event: dict[str, Any]) -> None:
@@ -200,11 +200,11 @@ class _Note:
         if event["event"] == "round":
             self._write("training", event["round"], event["rounds"], event["loss"])
         elif event["event"] == "note":
-            self._shown.console.print(f"note: {event['text']}", highlight=False)
+            self._display.note(f"note: {event['text']}")
 
     def progress(self, name: str) -> Progress:
         """For the attack of this name."""
         return partial(self._write, name)
 
     def _write(self, name: str, done: int, of: int, loss: float) -> None:
-        self._shown.update(f"{self._what}: {name}, {done} of {of}, loss {loss:.4f}")
+        self._display.step(f"{self._what}: {name}", done, of, loss)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
-from server_sdk.progress import RunDisplay
+from server_sdk import progress
+from server_sdk.progress import RunDisplay, StageDisplay
 
 ROUND = {"event": "round", "round": 7, "rounds": 20, "loss": 0.25, "bytes_received": 2_500_000, "bytes_sent": 1}
 EVENTS = [
@@ -68,3 +71,39 @@ def test_a_quarantine_is_told_at_its_begin_and_end() -> None:
         "ward: d4 (step) floods and is left unread for 120 s",
         "ward: another device (step) is read again",
     ]
+
+
+# --- the stages of a command ---
+
+
+def test_without_a_terminal_each_stage_has_a_line_and_a_long_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    out = io.StringIO()
+    with StageDisplay(Console(file=out, width=40)) as display:
+        for done in range(1, 81):
+            display.step("front [cut]", done, 4000, 0.5)
+            clock.now += 1
+        display.stage("exporting the graphs, which is a line longer than forty columns")
+        display.stage("exporting the graphs, which is a line longer than forty columns")
+        display.note("trade-off: [nothing]")
+    assert out.getvalue().splitlines() == [
+        "front [cut], 1 of 4,000, loss 0.5000",
+        "front [cut], 31 of 4,000, loss 0.5000",
+        "front [cut], 61 of 4,000, loss 0.5000",
+        "exporting the graphs, which is a line longer than forty columns",
+        "trade-off: [nothing]",
+    ]
+
+
+def test_on_a_terminal_one_line_changes_and_only_notes_stay() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    with StageDisplay(console, every_s=0.0) as display:
+        display.step("front [cut]", 1, 4000, 0.5)
+        display.note("trade-off: [nothing]")
+        display.stage("exporting")
+    written = out.getvalue()
+    assert "front [cut], 1 of 4,000, loss 0.5000\r" in written, "drawn over by what follows"
+    assert "trade-off: [nothing]\n" in written and "exporting" in written
+    assert "\x1b[?25h" in written, "the terminal has its cursor back"
