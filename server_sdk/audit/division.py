@@ -23,7 +23,8 @@ class Division:
     Attributes:
         train: what the device trains on.
         auxiliary: what the foe has, drawn from the same population: a strong foe.
-        victims: the test samples, which are attacked and on which accuracy is measured.
+        victims: the test samples, which are attacked and on which accuracy is measured; in an order drawn by the seed,
+            for a slow attack takes the first of them, and files are sorted by class or patient.
     """
 
     train: Samples
@@ -56,7 +57,7 @@ def divide(dataset: Dataset, *, foe: float, seed: int) -> Division:
         theirs.append(index[:share])
         mine.append(index[share:])
     train, auxiliary = (np.sort(np.concatenate(parts)) for parts in (mine, theirs))
-    return Division(dataset.train.take(train), dataset.train.take(auxiliary), dataset.test)
+    return Division(dataset.train.take(train), dataset.train.take(auxiliary), _shuffled(dataset.test, generator))
 
 
 def _by_group(dataset: Dataset, groups: npt.NDArray[np.int64], foe: float, generator: np.random.Generator) -> Division:
@@ -72,4 +73,8 @@ def _by_group(dataset: Dataset, groups: npt.NDArray[np.int64], foe: float, gener
                 f"the {who}'s {share} groups have {counts.min()} samples of class {counts.argmin()}: "
                 "choose another share or seed"
             )
-    return Division(mine, theirs, dataset.test)
+    return Division(mine, theirs, _shuffled(dataset.test, generator))
+
+
+def _shuffled(samples: Samples, generator: np.random.Generator) -> Samples:
+    return samples.take(generator.permutation(len(samples)))

@@ -23,7 +23,21 @@ def test_parts_share_no_sample_and_keep_the_classes(dataset: Dataset) -> None:
     assert not rows[0] & rows[1]
     assert np.bincount(division.auxiliary.y).tolist() == [12, 12, 12]
     assert len(division.train) == 54
-    assert division.victims is dataset.test
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_the_first_victims_are_of_all_test_samples_however_the_file_sorts_them(
+    dataset: Dataset, by_group: bool
+) -> None:
+    order = np.argsort(dataset.test.y, kind="stable")
+    dataset = replace(dataset, test=dataset.test.take(order))
+    if by_group:
+        dataset = grouped(dataset, np.arange(90) // 9)
+    first, again, other = (divide(dataset, foe=0.4, seed=seed).victims for seed in (0, 0, 1))
+    assert set(first.y[:15]) == {0, 1, 2}
+    assert np.array_equal(first.x, again.x) and not np.array_equal(first.x, other.x)
+    rows = [{(x.tobytes(), int(y)) for x, y in zip(part.x, part.y, strict=True)} for part in (first, dataset.test)]
+    assert rows[0] == rows[1], "each keeps its class"
 
 
 def test_the_seed_decides(dataset: Dataset) -> None:
@@ -48,7 +62,7 @@ def test_groups_stay_together_and_come_as_close_to_the_share_as_they_can(dataset
     division = divide(grouped(dataset, groups), foe=foe, seed=0)
     mine, theirs = division.train.groups, division.auxiliary.groups
     assert mine is not None and theirs is not None and not set(mine) & set(theirs)
-    assert len(mine) + len(theirs) == 90 and division.victims is dataset.test
+    assert len(mine) + len(theirs) == 90
     largest = np.bincount(groups).max()
     assert abs(len(theirs) - foe * 90) <= largest / 2, "one group more or less would be no closer"
 
