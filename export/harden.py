@@ -158,9 +158,10 @@ def train_network(
         taught = _Network(teacher, None, tuple(allow_models))
         judged = _judgements(x, target, taught, recipe, seed, samples.groups, progress)
         target = (1 - recipe.teacher) * target + recipe.teacher * judged
+    stage = "training without a defence" if recipe.defence == "none" else "training"
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         network = _Network(model, initial, tuple(allow_models))
-        return _fit(x, target, network, recipe, seed, "training", progress, _sees(attack, recipe, device))
+        return _fit(x, target, network, recipe, seed, stage, progress, _sees(attack, recipe, device))
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,11 @@ class TradeOff:
         beside = "" if self.undefended is None else f" ({self.undefended:.1%} without a defence)"
         bound = "no bound in bits" if self.bits_per_sample is None else f"at most {self.bits_per_sample:.0f} bits"
         alone = "" if self.alone is None else f", {self.alone:.1%} by the device's guide where there is no server"
+        than = "more" if self.excess > 0 else "less"
         return (
-            f"accuracy {self.accuracy:.1%}{beside}{alone}; a decoder shows {self.excess:+.3f} {self.measure} more than "
-            f"the decision alone tells; {self.bytes_per_sample} bytes a sample, {bound} (on held-out samples, "
-            f"{self.victims} of them attacked)"
+            f"accuracy {self.accuracy:.1%}{beside}{alone}; "
+            f"a decoder shows {abs(self.excess):.3f} {self.measure} {than} than the decision alone tells; "
+            f"{self.bytes_per_sample} bytes a sample, {bound} (on held-out samples, {self.victims} of them attacked)"
         )
 
 

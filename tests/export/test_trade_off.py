@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ def test_a_front_that_hides_nothing_shows_more(built: dict[str, Any], samples: D
     plain = weigh(built["vanilla"].path, samples(120, 5), epochs=20)
     assert plain.excess > 0.05 and plain.bits_per_sample is None and plain.undefended is None
     assert plain.bytes_per_sample == 2 * 32 * 4 * 4 and plain.alone is None
+    assert f"shows {plain.excess:.3f} SSIM more than" in str(plain)
+    assert f"shows {plain.excess:.3f} SSIM less than" in str(replace(plain, excess=-plain.excess))
     assert "no bound in bits" in str(plain) and "guide" not in str(plain) and "without a defence" not in str(plain)
 
 
