@@ -18,6 +18,7 @@ from export.errors import ExportError
 from server_sdk.audit.attacks import Knowledge, LearnedDecoder
 from server_sdk.audit.finding import payload_per_sample
 from server_sdk.audit.metrics import likeness
+from server_sdk.audit.report import beyond_in_words
 from server_sdk.audit.trial import shipped
 from server_sdk.reference.perturbation import front_input
 
@@ -55,10 +56,9 @@ class TradeOff:
         beside = "" if self.undefended is None else f" ({self.undefended:.1%} without a defence)"
         bound = "no bound in bits" if self.bits_per_sample is None else f"at most {self.bits_per_sample:.0f} bits"
         alone = "" if self.alone is None else f", {self.alone:.1%} by the device's guide where there is no server"
-        than = "more" if self.excess > 0 else "less"
         return (
             f"accuracy {self.accuracy:.1%}{beside}{alone}; "
-            f"a decoder shows {abs(self.excess):.3f} {self.measure} {than} than the decision alone tells; "
+            f"a decoder shows {beyond_in_words(self.measure, self.excess)}; "
             f"{self.bytes_per_sample} bytes a sample, {bound} (on held-out samples, {self.victims} of them attacked)"
         )
 

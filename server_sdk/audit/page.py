@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from server_sdk.audit.exposure import exposure_in_words
 from server_sdk.audit.plots import picture, scatter
-from server_sdk.audit.report import attack_label, bundle_label, shown_by
+from server_sdk.audit.report import attack_label, beyond_in_words, bundle_label, shown_by
 from server_sdk.errors import ServerError
 
 __all__ = ["Row", "render", "rows_of", "write_page"]
@@ -118,7 +118,7 @@ def render(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
         verdict="unsure" if verdict == "unproven" else verdict,
         sentence=_VERDICTS[verdict],
         measure=measure,
-        shown=shown,
+        beyond=beyond_in_words(measure, shown),
         little=_LITTLE,
         rows=[{"label": row.label, "pictures": pictures} for row, pictures in zip(rows, drawn, strict=True)],
         signals=len(report["input_shape"]) == 2,

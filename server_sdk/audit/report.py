@@ -12,7 +12,7 @@ from typing import Any
 from edge_sdk.version import __version__
 from server_sdk.errors import ServerError
 
-__all__ = ["attack_label", "bundle_label", "compose", "shown_by", "write"]
+__all__ = ["attack_label", "beyond_in_words", "bundle_label", "compose", "shown_by", "write"]
 
 _UNDEFENDED = "vanilla"
 _MEANT = ("accuracy", "balanced_accuracy", "auc", "guide_accuracy", "guide_agreement", "follow_when_wrong")
@@ -110,6 +110,11 @@ def shown_by(audited: Mapping[str, Any]) -> tuple[str, float]:
     """The measure that counts, ``SSIM`` for images and ``correlation`` for signals, and the mean excess by it."""
     excess = audited["mean"]["excess"]
     return ("correlation", excess["correlation"]) if excess["ssim"] is None else ("SSIM", excess["ssim"])
+
+
+def beyond_in_words(measure: str, excess: float) -> str:
+    """An excess over the floor by that measure, as the end of a sentence on what is shown."""
+    return f"{abs(excess):.3f} {measure} {'more' if excess > 0 else 'less'} than the decision alone tells"
 
 
 def bundle_label(audited: Mapping[str, Any], report: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server_sdk.audit.exposure import exposure_in_words
-from server_sdk.audit.report import attack_label, bundle_label, shown_by
+from server_sdk.audit.report import attack_label, beyond_in_words, bundle_label, shown_by
 
 __all__ = ["print_table"]
 
@@ -23,10 +23,9 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         for seed in audited["seeds"]:
             _print_attacks(f"{name}, seed {seed['seed']}: reconstructions compared with x", audited, seed, console)
             _print_protocols(seed, console)
-        measure, shown = shown_by(audited)
         console.print(exposure_in_words(audited["seeds"][0]["exposure"]), highlight=False)
         console.print(
-            f"{audited['profile']}: the worst attack shows {shown:+.3f} {measure} more than the decision alone tells "
+            f"{audited['profile']}: the worst attack shows {beyond_in_words(*shown_by(audited))} "
             f"(mean of seeds: {len(audited['seeds'])}).\n",
             highlight=False,
         )

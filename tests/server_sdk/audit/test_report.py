@@ -13,7 +13,7 @@ from rich.console import Console
 
 from server_sdk.audit.finding import Finding
 from server_sdk.audit.outcome import worst_of
-from server_sdk.audit.report import attack_label, bundle_label, compose, shown_by
+from server_sdk.audit.report import attack_label, beyond_in_words, bundle_label, compose, shown_by
 from server_sdk.audit.table import print_table
 from server_sdk.errors import ServerError
 
@@ -92,7 +92,7 @@ def test_the_table_says_it_all(finding: Make) -> None:
     print_table(report, Console(file=out, width=100))
     text = " ".join(out.getvalue().split())
     for words in (
-        f"the worst attack shows {shown_by(report)[1]:+.3f} SSIM more",
+        f"paper: the worst attack shows {shown_by(report)[1]:.3f} SSIM more than the decision alone tells",
         "P1 90.0 70.0 95.0 85.0 80.0 70.0 10.0",
         "P2 30.0 70.0 95.0",
         "recovered 87.0",
@@ -103,3 +103,8 @@ def test_the_table_says_it_all(finding: Make) -> None:
         "100 no bound",
     ):
         assert words in text, (words, text)
+
+
+def test_what_stays_below_the_floor_is_less() -> None:
+    assert beyond_in_words("SSIM", -0.0071) == "0.007 SSIM less than the decision alone tells"
+    assert beyond_in_words("correlation", 0.4621) == "0.462 correlation more than the decision alone tells"
